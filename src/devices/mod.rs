@@ -1,0 +1,77 @@
+//! What a guest finds on its buses.
+//!
+//! A device is a plain object: it is read and written at an offset with a
+//! [`Width`], told the time, and drives its interrupt outputs, [`Line`]s, which
+//! whoever holds the device looks at afterwards. It knows neither the CPU nor
+//! VT-x nor another device, so it runs in `cargo test` unchanged.
+//! [`chipset::Chipset`] wires the devices of one PC together.
+
+pub mod chipset;
+pub mod clock;
+pub mod line;
+pub mod message;
+
+pub use clock::{Clock, Ticks};
+pub use line::Line;
+pub use message::{DeliveryMode, Destination, Message, Trigger};
+
+/// How many bytes one access moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Width {
+    Byte = 1,
+    Word = 2,
+    Dword = 4,
+    Qword = 8,
+}
+
+impl Width {
+    /// The number of bytes.
+    #[inline]
+    pub const fn bytes(self) -> u64 {
+        self as u64
+    }
+
+    /// All ones in this width: what a read of nothing returns.
+    #[inline]
+    pub const fn mask(self) -> u64 {
+        u64::MAX >> (64 - 8 * self as u32)
+    }
+
+    /// The width of `bytes` bytes; `None` unless that is 1, 2, 4 or 8.
+    #[inline]
+    pub const fn from_bytes(bytes: u64) -> Option<Self> {
+        match bytes {
+            1 => Some(Self::Byte),
+            2 => Some(Self::Word),
+            4 => Some(Self::Dword),
+            8 => Some(Self::Qword),
+            _ => None,
+        }
+    }
+}
+
+/// A device with registers.
+///
+/// `now` never decreases from one call to the next. Nothing that a guest
+/// passes may panic: an unknown offset or an odd width reads as all ones (of
+/// the width) or as the real part would, and a write there vanishes.
+pub trait Device {
+    /// The value of the register at `offset` (from the start of the device's
+    /// range), in the low bits.
+    fn read(&mut self, now: Ticks, offset: u64, width: Width) -> u64;
+
+    /// Writes the low bits of `value` to the register at `offset`.
+    fn write(&mut self, now: Ticks, offset: u64, width: Width, value: u64);
+
+    /// Brings the device's state and its lines up to `now`.
+    fn advance(&mut self, now: Ticks) {
+        let _ = now;
+    }
+
+    /// When [`Device::advance`] has to be called at the latest, for a line
+    /// that will change by itself; `None` when none will.
+    fn deadline(&self) -> Option<Ticks> {
+        None
+    }
+}

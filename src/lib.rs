@@ -1,0 +1,27 @@
+//! Vireo, a bare-metal type-1 hypervisor for x86-64.
+//!
+//! Floors, lowest first; each imports what is below it and nothing above:
+//!
+//! | module | what it is |
+//! | --- | --- |
+//! | [`addr`], [`arch`] | typed addresses; thin, typed wrappers of x86 |
+//! | [`host`] | the machine below: tables, memory, interrupts, time, serial |
+//! | [`vmx`] | VT-x and nothing else: capabilities, VMCS, EPT, exits, the entry and exit stub |
+//! | [`devices`] | what a guest finds on its buses; plain objects, no VT-x |
+//! | [`vm`] | one guest: memory slots, boot protocols, the tables it is shown |
+//! | [`vcpu`] | one virtual CPU: run loop, fast path, injection, CPUID and MSR policy |
+//! | [`monitor`] | the operator's view: log, console, statistics |
+//!
+//! The library builds for the host too, so that its logic is tested by `cargo test`.
+#![cfg_attr(not(test), no_std)]
+
+extern crate alloc;
+
+pub mod addr;
+pub mod arch;
+pub mod devices;
+pub mod host;
+pub mod monitor;
+pub mod vcpu;
+pub mod vm;
+pub mod vmx;

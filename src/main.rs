@@ -1,0 +1,3 @@
+//! The boot of the hypervisor.
+#![no_std]
+#![no_main]

@@ -1,0 +1,1 @@
+//! vmx: being built.

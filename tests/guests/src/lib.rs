@@ -1,0 +1,2 @@
+//! Small guests that the integration tests boot.
+#![no_std]
