@@ -8,12 +8,26 @@
 
 pub mod chipset;
 pub mod clock;
+pub mod i8042;
 pub mod line;
 pub mod message;
+pub mod pc;
+pub mod pci;
+pub mod pic;
+pub mod system;
 
 pub use clock::{Clock, Ticks};
 pub use line::Line;
 pub use message::{DeliveryMode, Destination, Message, Trigger};
+
+/// What a register write asks of whoever runs the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Soft-off (ACPI S5).
+    PowerOff,
+    /// A reset of the whole machine.
+    Reset,
+}
 
 /// How many bytes one access moves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

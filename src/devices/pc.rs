@@ -1,0 +1,76 @@
+//! Where things are in the PC that a guest is shown: ports, interrupt numbers
+//! and register values that the devices here and the ACPI and MP tables must
+//! agree on.
+
+/// Interrupt request number of the 8254's channel 0 on the 8259s.
+pub const PIT_IRQ: u8 = 0;
+/// I/O APIC pin of the 8254's channel 0: the interrupt source override of the MADT.
+pub const PIT_PIN: u8 = 2;
+/// I/O APIC pin that the 8259s' INTR output is wired to (delivery mode ExtINT).
+pub const EXTINT_PIN: u8 = 0;
+/// Interrupt request number of the keyboard controller.
+pub const KEYBOARD_IRQ: u8 = 1;
+/// Interrupt request number of COM1.
+pub const COM1_IRQ: u8 = 4;
+/// Interrupt request number of the real-time clock.
+pub const RTC_IRQ: u8 = 8;
+/// The system control interrupt of ACPI: level triggered, active high, as the
+/// MADT's override says.
+pub const SCI_IRQ: u8 = 9;
+
+/// The two 8259As: command port; the data port is the next one.
+pub const PIC_MASTER: u16 = 0x20;
+/// See [`PIC_MASTER`].
+pub const PIC_SLAVE: u16 = 0xa0;
+/// Edge/level control registers of the master and, in the next port, of the slave.
+pub const ELCR: u16 = 0x4d0;
+/// The 8254: three counters and, in the fourth port, the control word.
+pub const PIT: u16 = 0x40;
+/// NMI status and control, speaker, gate of the 8254's channel 2.
+pub const SYSTEM_CONTROL: u16 = 0x61;
+/// Index port of the real-time clock; data is the next port.
+pub const RTC: u16 = 0x70;
+/// Index in the CMOS memory of the century, for the FADT.
+pub const RTC_CENTURY: u8 = 0x32;
+/// Power-on self-test code, used by guests for a short delay.
+pub const POST_CODE: u16 = 0x80;
+/// Fast A20 and reset.
+pub const FAST_A20: u16 = 0x92;
+/// Data port of the keyboard controller.
+pub const KEYBOARD_DATA: u16 = 0x60;
+/// Status and command port of the keyboard controller.
+pub const KEYBOARD_COMMAND: u16 = 0x64;
+/// First of the eight ports of COM1.
+pub const COM1: u16 = 0x3f8;
+/// Address port of PCI configuration mechanism 1.
+pub const PCI_ADDRESS: u16 = 0xcf8;
+/// First of the four data ports of PCI configuration mechanism 1.
+pub const PCI_DATA: u16 = 0xcfc;
+/// Reset control register (the FADT's RESET_REG, one byte).
+pub const RESET_CONTROL: u16 = 0xcf9;
+/// What to write to [`RESET_CONTROL`] for a full reset (the FADT's RESET_VALUE).
+pub const RESET_VALUE: u8 = 0x06;
+
+/// First port of the power-management block.
+pub const PM_BASE: u16 = 0x600;
+/// Ports in the power-management block.
+pub const PM_LENGTH: u16 = 12;
+/// PM1a event block (status and enable): 4 bytes.
+pub const PM1A_EVENT: u16 = PM_BASE;
+/// PM1a control block: 2 bytes.
+pub const PM1A_CONTROL: u16 = PM_BASE + 4;
+/// The power-management timer: 4 bytes.
+pub const PM_TIMER: u16 = PM_BASE + 8;
+/// Whether the power-management timer has 32 bits (the FADT's TMR_VAL_EXT) or 24.
+pub const PM_TIMER_32_BIT: bool = true;
+/// The FADT's SMI_CMD; the next port holds a status byte.
+pub const SMI_COMMAND: u16 = 0xb2;
+/// Value for [`SMI_COMMAND`] that turns ACPI mode on.
+pub const ACPI_ENABLE: u8 = 0xf1;
+/// Value for [`SMI_COMMAND`] that turns ACPI mode off.
+pub const ACPI_DISABLE: u8 = 0xf0;
+/// SLP_TYP of soft-off, for the `\_S5` package.
+pub const S5_SLEEP_TYPE: u8 = 5;
+
+/// Guest physical address of the I/O APIC's page.
+pub const IO_APIC_BASE: u64 = 0xfec0_0000;

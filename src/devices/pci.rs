@@ -1,0 +1,85 @@
+//! PCI configuration mechanism 1 (PCI 3.0, 3.2.2.3.2): an address port and a
+//! data window. The bus behind it is empty: a read finds nobody and gives
+//! all ones.
+
+use super::Width;
+
+/// What the address port selects: one register of one function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConfigAddress {
+    pub bus: u8,
+    /// 0 to 31.
+    pub device: u8,
+    /// 0 to 7.
+    pub function: u8,
+    /// Byte offset in the function's 256 bytes of configuration space.
+    pub offset: u8,
+}
+
+/// The host bridge's configuration ports.
+#[derive(Clone, Debug, Default)]
+pub struct ConfigPorts {
+    address: u32,
+}
+
+impl ConfigPorts {
+    /// The address port, as a double word.
+    pub const fn address(&self) -> u32 {
+        self.address
+    }
+
+    /// Writes the address port, as a double word; bits 30..24 and 1..0 are wired to 0.
+    pub const fn set_address(&mut self, value: u32) {
+        self.address = value & 0x80ff_fffc;
+    }
+
+    /// What an access to byte `lane` (0 to 3) of the data window reaches; `None`
+    /// while the address port's enable bit is clear.
+    pub const fn target(&self, lane: u8) -> Option<ConfigAddress> {
+        if self.address >> 31 == 0 {
+            return None;
+        }
+        let [register, function, bus, _] = self.address.to_le_bytes();
+        Some(ConfigAddress {
+            bus,
+            device: function >> 3,
+            function: function & 7,
+            offset: register | lane & 3,
+        })
+    }
+
+    /// Reads the data window: nobody answers, the bus floats high.
+    pub const fn read_data(&self, width: Width) -> u32 {
+        width.mask() as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn linux_finds_mechanism_1() {
+        let mut ports = ConfigPorts::default();
+        ports.set_address(0x8000_0000);
+        assert_eq!(ports.address(), 0x8000_0000);
+        assert_eq!(ports.read_data(Width::Word), 0xffff);
+        assert_eq!(ports.read_data(Width::Dword), 0xffff_ffff);
+    }
+
+    #[test]
+    fn the_address_decodes() {
+        let mut ports = ConfigPorts::default();
+        assert_eq!(ports.target(0), None);
+        ports.set_address(0x8003_fd11);
+        assert_eq!(
+            ports.target(2),
+            Some(ConfigAddress {
+                bus: 3,
+                device: 31,
+                function: 5,
+                offset: 0x12
+            })
+        );
+    }
+}
