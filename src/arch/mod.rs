@@ -1,1 +1,9 @@
-//! arch: being built.
+//! Thin, typed wrappers of the x86 instructions that Rust has no name for.
+//!
+//! Everything here is one instruction or a handful; what is done with them is
+//! decided on the floors above. On the development host the module compiles
+//! and its privileged parts are simply never called.
+
+pub mod cpu;
+pub mod msr;
+pub mod port;

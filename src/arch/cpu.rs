@@ -1,0 +1,88 @@
+//! The CPU itself: interrupt flag, control registers, time-stamp counter, XCR0, CPUID.
+
+use crate::addr::Hva;
+use core::arch::asm;
+use x86_64::VirtAddr;
+use x86_64::instructions::{hlt, interrupts, tlb};
+use x86_64::registers::control::{Cr2, Cr3};
+
+pub use x86_64::instructions::interrupts::{
+    are_enabled as interrupts_enabled, disable as disable_interrupts, enable as enable_interrupts,
+    without_interrupts,
+};
+
+/// The CPU's identification, read from the CPU when asked.
+pub type CpuId = raw_cpuid::CpuId<raw_cpuid::CpuIdReaderNative>;
+
+/// A reader of this CPU's CPUID leaves.
+pub fn cpuid() -> CpuId {
+    raw_cpuid::CpuId::new()
+}
+
+/// Stops this CPU for good; only NMI and SMI still run on it.
+pub fn halt_forever() -> ! {
+    loop {
+        interrupts::disable();
+        hlt();
+    }
+}
+
+/// Enables interrupts and halts until one arrives, without a window between
+/// the two (STI blocks for one instruction); disables them again.
+pub fn wait_for_interrupt() {
+    interrupts::enable_and_hlt();
+    interrupts::disable();
+}
+
+/// The time-stamp counter, in ticks. Not serialized.
+#[inline]
+pub fn rdtsc() -> u64 {
+    // SAFETY: RDTSC reads a counter; CR4.TSD does not apply at ring 0.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// The page-fault linear address.
+#[inline]
+pub fn cr2() -> u64 {
+    Cr2::read_raw()
+}
+
+/// The physical address of this CPU's top page table.
+#[inline]
+pub fn page_table_root() -> crate::addr::Hpa {
+    crate::addr::Hpa(Cr3::read().0.start_address().as_u64())
+}
+
+/// Drops this CPU's translation of the page at `address`.
+#[inline]
+pub fn invalidate_page(address: Hva) {
+    tlb::flush(VirtAddr::new_truncate(address.0));
+}
+
+/// Extended control register 0. Needs CR4.OSXSAVE.
+///
+/// # Safety
+/// CR4.OSXSAVE must be set, else #UD.
+#[inline]
+pub unsafe fn xcr0() -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: the caller answers for CR4.OSXSAVE; the instruction only reads.
+    unsafe {
+        asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high, options(nomem, nostack, preserves_flags));
+    }
+    u64::from(high) << 32 | u64::from(low)
+}
+
+/// Writes extended control register 0.
+///
+/// # Safety
+/// CR4.OSXSAVE must be set and `value` must be a combination that this CPU
+/// accepts (SDM volume 1, 13.3), else #UD or #GP.
+#[inline]
+pub unsafe fn set_xcr0(value: u64) {
+    // SAFETY: the caller answers for OSXSAVE and the value; the kernel itself
+    // keeps nothing in the registers that XCR0 governs.
+    unsafe {
+        asm!("xsetbv", in("ecx") 0, in("eax") value as u32, in("edx") (value >> 32) as u32, options(nomem, nostack, preserves_flags));
+    }
+}
