@@ -1,1 +1,25 @@
-//! host: being built.
+//! The machine below: what the hypervisor itself runs on.
+//!
+//! The order in which `main` brings it up; each line may use those before it:
+//!
+//! | call | what it gives |
+//! | --- | --- |
+//! | [`serial::init`] | a console that polls |
+//! | [`descriptors::init`] | GDT, TSS, IDT: exceptions are reported instead of resetting the machine |
+//! | [`memory::heap::init`] | `alloc` |
+//! | [`memory::init`] | frames, mappings; needs the boot information, which needs the heap |
+//! | [`descriptors::guard_stacks`] | guard pages below the interrupt stacks |
+//! | [`acpi::init`] | what the firmware's tables say, or the PC's defaults |
+//! | [`local_apic::init`], [`io_apic::init`] | interrupts |
+//! | [`console::start`] | the console by interrupt instead of polling |
+
+pub mod acpi;
+pub mod console;
+pub mod descriptors;
+pub mod interrupts;
+pub mod io_apic;
+pub mod local_apic;
+pub mod memory;
+pub mod panic;
+pub mod power;
+pub mod serial;

@@ -1,1 +1,3 @@
-//! monitor: being built.
+//! The operator's view: log, console, statistics.
+
+pub mod log;

@@ -1,0 +1,251 @@
+//! The serial console at run time: two rings, moved by the UART's interrupt.
+//!
+//! Nobody waits here. [`write`] takes what fits and says how much that was;
+//! the interrupt handler refills the transmitter's FIFO each time it runs
+//! empty. Until [`start`], output is polled.
+
+use super::{interrupts, io_apic, serial};
+use crate::arch::cpu::without_interrupts;
+use spin::Mutex;
+
+/// Bytes that wait for the transmitter.
+pub const TRANSMIT_BUFFER: usize = 16 * 1024;
+/// Bytes that wait for a reader.
+pub const RECEIVE_BUFFER: usize = 1024;
+/// Received bytes taken in one interrupt; more come with the next one.
+const RECEIVE_BURST: usize = 64;
+
+/// A byte queue of fixed capacity.
+pub struct Ring<const N: usize> {
+    bytes: [u8; N],
+    start: usize,
+    len: usize,
+}
+
+impl<const N: usize> Default for Ring<N> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<const N: usize> Ring<N> {
+    /// An empty queue.
+    pub const fn new() -> Self {
+        Self {
+            bytes: [0; N],
+            start: 0,
+            len: 0,
+        }
+    }
+
+    /// Bytes queued.
+    pub const fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nothing is queued.
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Bytes that still fit.
+    pub const fn space(&self) -> usize {
+        N - self.len
+    }
+
+    /// Appends one byte; whether it fitted.
+    pub fn push(&mut self, byte: u8) -> bool {
+        let fits = self.len < N;
+        if fits {
+            self.bytes[(self.start + self.len) % N] = byte;
+            self.len += 1;
+        }
+        fits
+    }
+
+    /// Appends one byte; the oldest one makes room.
+    pub fn push_over(&mut self, byte: u8) {
+        if self.space() == 0 {
+            self.pop();
+        }
+        self.push(byte);
+    }
+
+    /// Takes the oldest byte.
+    pub fn pop(&mut self) -> Option<u8> {
+        if self.len == 0 {
+            return None;
+        }
+        let byte = self.bytes[self.start];
+        self.start = (self.start + 1) % N;
+        self.len -= 1;
+        Some(byte)
+    }
+
+    /// The queued bytes, oldest first.
+    pub fn iter(&self) -> impl Iterator<Item = u8> + '_ {
+        (0..self.len).map(|i| self.bytes[(self.start + i) % N])
+    }
+}
+
+struct Console {
+    transmit: Ring<TRANSMIT_BUFFER>,
+    receive: Ring<RECEIVE_BUFFER>,
+    /// Interrupts are routed: queue instead of polling.
+    running: bool,
+    /// The transmit interrupt is enabled, so the queue is being drained.
+    draining: bool,
+}
+
+static CONSOLE: Mutex<Console> = Mutex::new(Console {
+    transmit: Ring::new(),
+    receive: Ring::new(),
+    running: false,
+    draining: false,
+});
+
+/// Runs `f` with the console locked. Interrupts are off meanwhile, since the
+/// handler takes the same lock.
+fn with<R>(f: impl FnOnce(&mut Console) -> R) -> R {
+    without_interrupts(|| f(&mut CONSOLE.lock()))
+}
+
+/// Turns from polling to interrupts. COM1's line must be routed to
+/// [`interrupts::COM1`] ([`io_apic::init`]).
+pub fn start() {
+    if !serial::present() {
+        return;
+    }
+    interrupts::register(interrupts::COM1, |_| interrupt());
+    with(|console| {
+        console.running = true;
+        serial::set_interrupts(serial::IER_RECEIVE);
+    });
+    io_apic::unmask_isa(io_apic::COM1_IRQ);
+}
+
+/// Queues `bytes` for the serial port; how many were taken. Without a serial
+/// port all are, and vanish.
+pub fn write(bytes: &[u8]) -> usize {
+    if !serial::present() {
+        return bytes.len();
+    }
+    with(|console| {
+        if !console.running {
+            serial::write_polled(bytes);
+            return bytes.len();
+        }
+        let taken = bytes.len().min(console.transmit.space());
+        bytes[..taken].iter().for_each(|&byte| {
+            console.transmit.push(byte);
+        });
+        // Enabling the interrupt on an empty transmitter raises it at once.
+        if !console.draining && !console.transmit.is_empty() {
+            console.draining = true;
+            serial::set_interrupts(serial::IER_RECEIVE | serial::IER_TRANSMIT);
+        }
+        taken
+    })
+}
+
+/// How many bytes [`write`] would take now.
+pub fn write_space() -> usize {
+    if serial::present() {
+        with(|console| console.transmit.space())
+    } else {
+        usize::MAX
+    }
+}
+
+/// The next byte that came in.
+pub fn read() -> Option<u8> {
+    with(|console| console.receive.pop())
+}
+
+/// Bytes that wait for [`read`].
+pub fn pending() -> usize {
+    with(|console| console.receive.len())
+}
+
+/// The UART's interrupt handler. Bounded, waits for nothing.
+pub fn interrupt() {
+    with(|console| {
+        serial::acknowledge();
+        for _ in 0..RECEIVE_BURST {
+            match serial::receive() {
+                // A full queue loses what comes last, as a UART does.
+                Some(byte) => console.receive.push(byte),
+                None => break,
+            };
+        }
+        if console.draining && serial::transmitter_empty() {
+            for _ in 0..serial::FIFO {
+                match console.transmit.pop() {
+                    Some(byte) => serial::send_now(byte),
+                    None => break,
+                }
+            }
+            if console.transmit.is_empty() {
+                console.draining = false;
+                serial::set_interrupts(serial::IER_RECEIVE);
+            }
+        }
+    });
+}
+
+/// Sends everything that is queued, by polling. Before power-off only.
+pub fn flush() {
+    with(drain);
+}
+
+/// [`flush`] for a dying machine: does nothing when someone holds the lock,
+/// because that may be the code which died.
+pub fn flush_unless_locked() {
+    without_interrupts(|| {
+        if let Some(mut console) = CONSOLE.try_lock() {
+            drain(&mut console);
+        }
+    });
+}
+
+fn drain(console: &mut Console) {
+    while let Some(byte) = console.transmit.pop() {
+        serial::write_polled(&[byte]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::VecDeque;
+
+    proptest! {
+        #[test]
+        fn a_ring_is_a_bounded_queue(operations in prop::collection::vec(prop::option::of(any::<u8>()), 0..200)) {
+            let mut ring = Ring::<7>::new();
+            let mut model = VecDeque::new();
+            for operation in operations {
+                match operation {
+                    Some(byte) => {
+                        let fits = model.len() < 7;
+                        if fits { model.push_back(byte); }
+                        prop_assert_eq!(ring.push(byte), fits);
+                    }
+                    None => prop_assert_eq!(ring.pop(), model.pop_front()),
+                }
+                prop_assert_eq!(ring.len(), model.len());
+                prop_assert_eq!(ring.space(), 7 - model.len());
+                prop_assert!(ring.iter().eq(model.iter().copied()));
+            }
+        }
+
+        #[test]
+        fn an_overwritten_ring_keeps_the_newest(bytes in prop::collection::vec(any::<u8>(), 0..40)) {
+            let mut ring = Ring::<5>::new();
+            bytes.iter().for_each(|&byte| ring.push_over(byte));
+            let kept = &bytes[bytes.len().saturating_sub(5)..];
+            prop_assert!(ring.iter().eq(kept.iter().copied()));
+        }
+    }
+}

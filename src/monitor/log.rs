@@ -1,0 +1,143 @@
+//! The hypervisor's own log: the back end of the crate `log`.
+//!
+//! A line goes into a memory ring and, unless a guest owns the serial port
+//! ([`quiet`]), to the console. Errors are always shown.
+
+use crate::arch::cpu::without_interrupts;
+use crate::host::console::{self, Ring};
+use arrayvec::ArrayString;
+use core::fmt::Write;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use log::{Level, LevelFilter, Log, Metadata, Record};
+use spin::Mutex;
+
+/// Bytes of the memory ring.
+pub const RING: usize = 32 * 1024;
+/// Bytes of one line; longer ones are cut.
+const LINE: usize = 512;
+
+static MEMORY: Mutex<Ring<RING>> = Mutex::new(Ring::new());
+static QUIET: AtomicBool = AtomicBool::new(false);
+static LOST: AtomicU64 = AtomicU64::new(0);
+
+struct Backend;
+
+impl Log for Backend {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        let line = format_line(record);
+        without_interrupts(|| {
+            let mut memory = MEMORY.lock();
+            line.bytes().for_each(|byte| memory.push_over(byte));
+        });
+        if record.level() == Level::Error || !QUIET.load(Ordering::Relaxed) {
+            show(&line);
+        }
+    }
+
+    fn flush(&self) {
+        console::flush();
+    }
+}
+
+/// A whole line or, when the console has no room for it, nothing.
+fn show(line: &str) {
+    let text = line.trim_end_matches('\n');
+    if console::write_space() < text.len() + 2 {
+        LOST.fetch_add(1, Ordering::Relaxed);
+        return;
+    }
+    without_interrupts(|| {
+        console::write(text.as_bytes());
+        console::write(b"\r\n");
+    });
+}
+
+fn format_line(record: &Record<'_>) -> ArrayString<LINE> {
+    let kind = match record.level() {
+        Level::Error => "error: ",
+        Level::Warn => "warning: ",
+        Level::Info => "",
+        Level::Debug | Level::Trace => "debug: ",
+    };
+    let mut line = Line(ArrayString::new());
+    // A line that is too long is cut, not refused.
+    let _ = write!(line, "vireo: {kind}{}", record.args());
+    line.0.push('\n');
+    line.0
+}
+
+/// A writer that keeps what fits, leaving one byte for the line's end.
+struct Line(ArrayString<LINE>);
+
+impl Write for Line {
+    fn write_str(&mut self, text: &str) -> core::fmt::Result {
+        let room = LINE - 1 - self.0.len();
+        self.0.push_str(&text[..text.floor_char_boundary(room)]);
+        Ok(())
+    }
+}
+
+/// Makes the log the process's. Lines below `level` are dropped.
+pub fn init(level: LevelFilter) {
+    static BACKEND: Backend = Backend;
+    // A second call only changes the level.
+    let _ = log::set_logger(&BACKEND);
+    log::set_max_level(level);
+}
+
+/// Keeps everything but errors off the serial port, or no longer does.
+pub fn quiet(on: bool) {
+    QUIET.store(on, Ordering::Relaxed);
+}
+
+/// Lines that the console had no room for; the memory ring has them.
+pub fn lost() -> u64 {
+    LOST.load(Ordering::Relaxed)
+}
+
+/// Copies the newest bytes of the memory ring into `buffer`; how many.
+pub fn tail(buffer: &mut [u8]) -> usize {
+    without_interrupts(|| {
+        let memory = MEMORY.lock();
+        let len = memory.len().min(buffer.len());
+        memory
+            .iter()
+            .skip(memory.len() - len)
+            .zip(buffer)
+            .for_each(|(byte, slot)| *slot = byte);
+        len
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(level: Level, text: &str) -> String {
+        format_line(
+            &Record::builder()
+                .level(level)
+                .args(format_args!("{text}"))
+                .build(),
+        )
+        .to_string()
+    }
+
+    #[test]
+    fn a_line_says_who_and_how_bad() {
+        assert_eq!(line(Level::Info, "hello"), "vireo: hello\n");
+        assert_eq!(line(Level::Error, "no VT-x"), "vireo: error: no VT-x\n");
+        assert_eq!(line(Level::Warn, "slow"), "vireo: warning: slow\n");
+    }
+
+    #[test]
+    fn a_long_line_is_cut_at_a_character() {
+        let text = line(Level::Info, &"ü".repeat(600));
+        assert!(text.len() <= LINE && text.len() >= LINE - 2);
+        assert!(text.ends_with("ü\n"));
+    }
+}
