@@ -1,1 +1,7 @@
-//! vcpu: being built.
+//! One virtual CPU.
+//!
+//! Policy comes first, as plain logic that knows neither VT-x nor the host:
+//! what the guest's CPUID and MSRs say, its clock, its page tables, and the
+//! emulation of instructions that touch devices.
+
+pub mod cpuid;
