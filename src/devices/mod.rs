@@ -14,6 +14,7 @@ pub mod message;
 pub mod pc;
 pub mod pci;
 pub mod pic;
+pub mod pit;
 pub mod system;
 
 pub use clock::{Clock, Ticks};
