@@ -8,6 +8,7 @@
 
 pub mod chipset;
 pub mod clock;
+pub mod fifo;
 pub mod i8042;
 pub mod line;
 pub mod message;
@@ -15,7 +16,9 @@ pub mod pc;
 pub mod pci;
 pub mod pic;
 pub mod pit;
+pub mod pm;
 pub mod system;
+pub mod uart;
 
 pub use clock::{Clock, Ticks};
 pub use line::Line;
