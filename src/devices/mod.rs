@@ -17,6 +17,7 @@ pub mod pci;
 pub mod pic;
 pub mod pit;
 pub mod pm;
+pub mod rtc;
 pub mod system;
 pub mod uart;
 

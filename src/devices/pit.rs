@@ -106,7 +106,7 @@ impl Pit {
 
     /// The toggle that memory refresh makes visible in port 0x61.
     pub fn refresh_toggle(&self, now: Ticks) -> bool {
-        self.cycle_at(now) / REFRESH_CYCLES & 1 != 0
+        !(self.cycle_at(now) / REFRESH_CYCLES).is_multiple_of(2)
     }
 
     /// Brings line and counters up to `now`.

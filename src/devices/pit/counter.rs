@@ -395,8 +395,8 @@ impl Counter {
 
     fn encode(&self, value: u64) -> u16 {
         if self.bcd {
-            (value % 10 | value / 10 % 10 << 4 | value / 100 % 10 << 8 | value / 1000 % 10 << 12)
-                as u16
+            let digit = |unit, shift: u32| (value / unit % 10) << shift;
+            (digit(1, 0) | digit(10, 4) | digit(100, 8) | digit(1000, 12)) as u16
         } else {
             value as u16
         }
