@@ -11,6 +11,7 @@
 //! | [`descriptors::guard_stacks`] | guard pages below the interrupt stacks |
 //! | [`acpi::init`] | what the firmware's tables say, or the PC's defaults |
 //! | [`local_apic::init`], [`io_apic::init`] | interrupts |
+//! | [`time::init`], [`time::init_timer`] | the frequency of the time-stamp counter, the local APIC's timer |
 //! | [`console::start`] | the console by interrupt instead of polling |
 
 pub mod acpi;
@@ -23,3 +24,4 @@ pub mod memory;
 pub mod panic;
 pub mod power;
 pub mod serial;
+pub mod time;
