@@ -281,7 +281,6 @@ pub fn send(command: Command) -> bool {
         Mode::X2Apic => {
             // The write is not serializing: what the target shall find in
             // memory must be visible before (SDM volume 3, 11.12.3).
-            core::sync::atomic::fence(Ordering::SeqCst);
             // SAFETY: fences memory and loads, nothing else.
             unsafe { core::arch::asm!("mfence", "lfence", options(nostack, preserves_flags)) };
             // SAFETY: a well-formed command; what it does to its target is what the caller wants.
