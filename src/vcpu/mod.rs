@@ -5,3 +5,5 @@
 //! emulation of instructions that touch devices.
 
 pub mod cpuid;
+pub mod msr;
+pub mod pvclock;
