@@ -7,3 +7,4 @@
 pub mod cpu;
 pub mod msr;
 pub mod port;
+pub mod registers;

@@ -5,5 +5,6 @@
 //! emulation of instructions that touch devices.
 
 pub mod cpuid;
+pub mod emulate;
 pub mod msr;
 pub mod pvclock;
