@@ -48,9 +48,16 @@ impl ConfigPorts {
         })
     }
 
-    /// Reads the data window: nobody answers, the bus floats high.
-    pub const fn read_data(&self, width: Width) -> u32 {
-        width.mask() as u32
+    /// Reads the data window from byte `lane` on. An enabled access reaches the
+    /// bus, where nobody answers and the lines float high; `None` when it does not
+    /// get that far.
+    pub fn read_data(&self, lane: u8, width: Width) -> Option<u32> {
+        self.target(lane).map(|_| width.mask() as u32)
+    }
+
+    /// Writes the data window; false when the access does not reach the bus.
+    pub const fn write_data(&mut self, lane: u8) -> bool {
+        self.target(lane).is_some()
     }
 }
 
@@ -63,8 +70,10 @@ mod tests {
         let mut ports = ConfigPorts::default();
         ports.set_address(0x8000_0000);
         assert_eq!(ports.address(), 0x8000_0000);
-        assert_eq!(ports.read_data(Width::Word), 0xffff);
-        assert_eq!(ports.read_data(Width::Dword), 0xffff_ffff);
+        assert_eq!(ports.read_data(0, Width::Word), Some(0xffff));
+        assert_eq!(ports.read_data(0, Width::Dword), Some(0xffff_ffff));
+        ports.set_address(0);
+        assert_eq!(ports.read_data(0, Width::Dword), None);
     }
 
     #[test]
