@@ -8,3 +8,4 @@ pub mod cpuid;
 pub mod emulate;
 pub mod msr;
 pub mod pvclock;
+pub mod walk;
