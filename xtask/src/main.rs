@@ -1,1 +1,59 @@
-fn main() {}
+//! The command line: `cargo xtask build`, `image`, `run`.
+
+#![forbid(unsafe_code)]
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use xtask::run::{self, GuestOptions};
+
+/// Builds Vireo, makes its disk image, and runs it
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build the kernel and the EFI application around it
+    Build,
+    /// Make a disk image to write to a USB stick
+    Image {
+        /// The image to write
+        #[arg(short, long, value_name = "FILE")]
+        output: PathBuf,
+        #[command(flatten)]
+        guest: GuestOptions,
+    },
+    /// Boot guests on an emulated PC and connect this terminal to their console
+    ///
+    /// On a terminal, Ctrl-] then q leaves and ends the machine. When standard input is not a
+    /// terminal, it is the guest shell's input, and its end powers the guest off.
+    /// VIREO_BOCHS and VIREO_QEMU name other emulator programs.
+    Run(run::Options),
+}
+
+fn main() -> ExitCode {
+    match execute(Cli::parse().command) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute(command: Command) -> Result<u8> {
+    match command {
+        Command::Build => {
+            let built = xtask::build::all()?;
+            println!("{}", built.loader.display());
+            Ok(0)
+        }
+        Command::Image { output, guest } => run::make_image(&output, &guest).map(|()| 0),
+        Command::Run(options) => run::run(&options),
+    }
+}

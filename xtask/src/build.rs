@@ -1,0 +1,188 @@
+//! Builds the kernel and the loader, which are freestanding.
+//!
+//! No freestanding target can be had for the pinned toolchain (see
+//! `rust-toolchain.toml`), so both use the host target's prebuilt `core` and
+//! `alloc` with flags that turn the differences off. The flags are passed
+//! together with an explicit `--target`, which keeps them from build scripts
+//! and procedural macros, and the output has a directory of its own.
+
+use crate::{inspect, paths, pe};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use std::io::{BufRead, BufReader, IsTerminal};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Flags of all freestanding code.
+///
+/// Without SSE, rustc warns that the ABI of the target "must" have it and that
+/// this will become an error one day. That is harmless here: no float or
+/// vector crosses a function boundary, `inspect.rs` proves it after linking,
+/// and the toolchain is pinned. `x86_64-unknown-none` replaces these flags the
+/// day that target is at hand. [`cargo`] drops the warning.
+const FREESTANDING: &[&str] = &[
+    "-Ctarget-feature=-sse,-sse2",
+    "-Cno-redzone=yes",
+    "-Cforce-frame-pointers=yes",
+    "-Clink-arg=-nostdlib",
+    "-Clink-arg=-nostartfiles",
+];
+
+/// The warning that [`FREESTANDING`] causes.
+const KNOWN_WARNING: &str =
+    "must be enabled to ensure that the ABI of the current target can be implemented correctly";
+
+/// What a build produces.
+pub struct Built {
+    /// The kernel, an ELF file with symbols and line tables.
+    pub kernel: PathBuf,
+    /// The loader with the kernel in it: an EFI application.
+    pub loader: PathBuf,
+}
+
+/// Builds the kernel, checks it, and builds the loader around it.
+///
+/// # Errors
+/// When something does not compile, or the kernel breaks a rule of
+/// [`inspect`].
+pub fn all() -> Result<Built> {
+    let root = paths::root();
+    let script = format!("-Clink-arg=-T{}", root.join("linker.ld").display());
+    let flags = [
+        "-Crelocation-model=static",
+        "-Clink-arg=-static",
+        "-Clink-arg=-no-pie",
+        &script,
+    ];
+    let kernel = cargo("vireo", "vireo", &["--features", "bare"], &flags, &[])?;
+    let size = inspect::kernel(&paths::read(&kernel)?)?;
+    eprintln!(
+        "kernel: {} KiB, no FPU, MMX, SSE or AVX instruction",
+        size.div_ceil(1024)
+    );
+
+    let flags = [
+        "-Crelocation-model=pic",
+        "-Clink-arg=-static-pie",
+        "-Clink-arg=-Wl,-z,norelro",
+    ];
+    let elf = cargo(
+        "vireo-boot",
+        "vireo-boot",
+        &["--features", "bare"],
+        &flags,
+        &[("VIREO_KERNEL", &kernel)],
+    )?;
+    let application =
+        pe::convert(&paths::read(&elf)?).context("cannot make an EFI application of the loader")?;
+    let loader = output_folder().join("BOOTX64.EFI");
+    std::fs::write(&loader, application)
+        .with_context(|| format!("cannot write {}", loader.display()))?;
+    Ok(Built { kernel, loader })
+}
+
+/// Builds the small guest `name`, one of the programs in `tests/guests`.
+///
+/// # Errors
+/// When it does not compile.
+pub fn guest(name: &str) -> Result<PathBuf> {
+    let script = format!(
+        "-Clink-arg=-T{}",
+        paths::root().join("tests/guests/linker.ld").display()
+    );
+    let flags = [
+        "-Crelocation-model=static",
+        "-Clink-arg=-static",
+        "-Clink-arg=-no-pie",
+        &script,
+    ];
+    cargo(
+        "vireo-test-guests",
+        name,
+        &["--features", "bare"],
+        &flags,
+        &[],
+    )
+}
+
+fn output_folder() -> PathBuf {
+    paths::target().join("bare")
+}
+
+/// Builds one program and returns where it is.
+fn cargo(
+    package: &str,
+    bin: &str,
+    options: &[&str],
+    flags: &[&str],
+    env: &[(&str, &Path)],
+) -> Result<PathBuf> {
+    let flags: Vec<&str> = FREESTANDING.iter().chain(flags).copied().collect();
+    let terminal = std::io::stderr().is_terminal();
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command
+        .current_dir(paths::root())
+        .args([
+            "build",
+            "--release",
+            "--target",
+            TARGET,
+            "--package",
+            package,
+            "--bin",
+            bin,
+        ])
+        .args(options)
+        .arg("--target-dir")
+        .arg(output_folder())
+        .arg(if terminal {
+            "--message-format=json-diagnostic-rendered-ansi"
+        } else {
+            "--message-format=json"
+        })
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
+        .env_remove("RUSTFLAGS")
+        .envs(env.iter().copied())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped());
+    if !terminal {
+        command.arg("--quiet");
+    }
+    let mut child = command.spawn().context("cannot start cargo")?;
+    let output = child.stdout.take().context("cargo has no output")?;
+    let mut program = None;
+    for line in BufReader::new(output).lines() {
+        let message: Value = serde_json::from_str(&line?).unwrap_or_default();
+        match message["reason"].as_str() {
+            Some("compiler-message") => show(&message["message"]),
+            Some("compiler-artifact") if message["target"]["name"] == bin => {
+                program = message["executable"]
+                    .as_str()
+                    .map(PathBuf::from)
+                    .or(program);
+            }
+            _ => {}
+        }
+    }
+    ensure!(
+        child.wait()?.success(),
+        "{package} does not build: see the messages above"
+    );
+    let Some(program) = program else {
+        bail!("cargo has built {package} but names no program {bin}")
+    };
+    Ok(program)
+}
+
+/// Prints a diagnostic, unless it is the one that the flags cause.
+fn show(message: &Value) {
+    let text = message["message"].as_str().unwrap_or_default();
+    if text.contains(KNOWN_WARNING) || text.ends_with("warning emitted") {
+        return;
+    }
+    if let Some(rendered) = message["rendered"].as_str() {
+        eprint!("{rendered}");
+    }
+}

@@ -1,0 +1,23 @@
+//! Builds Vireo, makes its disk image, and starts machines that boot it.
+//!
+//! The command line is `main.rs`; the integration tests use the same pieces.
+
+#![forbid(unsafe_code)]
+
+pub mod build;
+pub mod cpio;
+pub mod framing;
+pub mod guest;
+pub mod image;
+pub mod inspect;
+pub mod machine;
+pub mod paths;
+pub mod pe;
+pub mod progress;
+pub mod provision;
+pub mod run;
+pub mod session;
+pub mod symbols;
+pub mod terminal;
+pub mod verdict;
+pub mod volume;

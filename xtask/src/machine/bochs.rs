@@ -1,0 +1,122 @@
+//! Bochs, which has VT-x without any hardware for it.
+
+use super::{Machine, MachineConfig, Platform, bound_command, last_words, listen, start};
+use crate::image::{CYLINDER, HEADS, SECTORS};
+use anyhow::{Context, Result};
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+/// The CPU model without another wish: the one with the most of VT-x.
+const CPU_MODEL: &str = "corei7_icelake_u";
+
+/// The emulated clock starts here (2026-01-01 00:00 UTC), so that runs can be
+/// compared to the tick.
+const TIME: u64 = 1_767_225_600;
+
+/// The displays to try: builds have different ones, and none is needed.
+const DISPLAYS: [&str; 2] = ["rfb, options=\"timeout=0\"", "nogui"];
+
+/// A Bochs and the firmware for its machines.
+#[derive(Clone, Debug)]
+pub struct Bochs {
+    /// The emulator.
+    pub program: PathBuf,
+    /// What it needs in its environment.
+    pub environment: Vec<(String, String)>,
+    /// OVMF.
+    pub firmware: PathBuf,
+    /// The VGA BIOS, without which the firmware does not start.
+    pub vga_bios: PathBuf,
+}
+
+impl Platform for Bochs {
+    fn name(&self) -> &'static str {
+        "Bochs"
+    }
+
+    fn start(&self, config: &MachineConfig) -> Result<Machine> {
+        let debugger = self.has_debugger()?;
+        let log = config.folder.join("emulator.log");
+        let mut reason = anyhow::anyhow!("no display");
+        for display in DISPLAYS {
+            let (listener, port) = listen()?;
+            let file = config.folder.join("bochsrc");
+            let text = self.configuration(config, display, port)?;
+            fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
+            let mut command = bound_command(&self.program);
+            command
+                .args(["-q", "-f"])
+                .arg(&file)
+                .envs(self.environment.iter().map(|(name, value)| (name, value)));
+            if debugger {
+                // The debugger waits for a command: "continue".
+                let script = config.folder.join("debugger.rc");
+                fs::write(&script, "c\n")
+                    .with_context(|| format!("cannot write {}", script.display()))?;
+                command.arg("-rc").arg(script);
+            }
+            match start(command, &listener, config, &log) {
+                Ok(machine) => return Ok(machine),
+                Err(error) => reason = error,
+            }
+            let words = last_words(&log, |line| {
+                line.contains("PANIC") || line.contains(">>") || line.contains("error")
+            });
+            if !words.contains("display") && !words.contains("plugin") && !words.contains("rfb") {
+                return Err(reason.context(format!(
+                    "Bochs ({}) does not start: {words}",
+                    self.program.display()
+                )));
+            }
+        }
+        Err(reason.context(format!(
+            "Bochs ({}) has none of the displays rfb and nogui",
+            self.program.display()
+        )))
+    }
+}
+
+impl Bochs {
+    fn has_debugger(&self) -> Result<bool> {
+        let help = Command::new(&self.program)
+            .arg("--help")
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .output()
+            .with_context(|| format!("cannot start {}", self.program.display()))?;
+        let text = [help.stdout, help.stderr].concat();
+        Ok(String::from_utf8_lossy(&text).contains("-rc filename"))
+    }
+
+    fn configuration(&self, config: &MachineConfig, display: &str, port: u16) -> Result<String> {
+        let disk = fs::metadata(&config.disk)
+            .with_context(|| format!("cannot read the disk image {}", config.disk.display()))?;
+        let model = config.cpu_model.as_deref().unwrap_or(CPU_MODEL);
+        // `ignore_bad_msrs=1`: the firmware reads MSRs that this CPU lacks.
+        // `extension=none`: the firmware keeps to the serial console.
+        // `sync=none`: HLT skips to the next event, so idle time costs nothing.
+        Ok(format!(
+            "cpu: model={model}, count={cpus}, ips={ips}, reset_on_triple_fault=0, ignore_bad_msrs=1\n\
+             memory: guest={memory}, host={memory}\n\
+             romimage: file={firmware}, address=0xffe00000, options=none\n\
+             vgaromimage: file={vga_bios}\n\
+             pci: enabled=1, chipset=i440fx\n\
+             vga: extension=none\n\
+             ata0-master: type=disk, path={disk_path}, mode=flat, cylinders={cylinders}, heads={HEADS}, spt={SECTORS}\n\
+             com1: enabled=1, mode=socket-client, dev=127.0.0.1:{port}\n\
+             display_library: {display}\n\
+             log: bochs.log\n\
+             panic: action=fatal\n\
+             error: action=report\n\
+             info: action=ignore\n\
+             clock: sync=none, time0={TIME}\n",
+            cpus = config.cpus,
+            ips = config.ips,
+            memory = config.memory_mib,
+            firmware = self.firmware.display(),
+            vga_bios = self.vga_bios.display(),
+            disk_path = config.disk.display(),
+            cylinders = disk.len() / CYLINDER,
+        ))
+    }
+}

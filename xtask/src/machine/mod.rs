@@ -1,0 +1,298 @@
+//! Machines that boot a disk image: a started emulator and its serial line.
+//!
+//! Each platform makes its emulator connect COM1 to a listener of ours, so a
+//! machine is a process and a TCP stream, whatever runs it.
+
+mod bochs;
+mod qemu;
+
+pub use bochs::Bochs;
+pub use qemu::{Qemu, nested_vmx};
+
+use crate::paths;
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+/// How long an emulator may take to connect its serial port.
+const CONNECT: Duration = Duration::from_secs(30);
+const POLL: Duration = Duration::from_millis(20);
+
+/// What kind of machine is wanted.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// The disk image to boot.
+    pub disk: PathBuf,
+    /// An existing folder for what the emulator writes: configuration and log.
+    pub folder: PathBuf,
+    /// Memory of the whole machine, in MiB.
+    pub memory_mib: u64,
+    /// Number of CPUs.
+    pub cpus: u32,
+    /// The emulator's name of the CPU model; `None` is the platform's default.
+    pub cpu_model: Option<String>,
+    /// Bochs only: executed instructions that make an emulated second.
+    pub ips: u64,
+}
+
+impl MachineConfig {
+    /// Fewer instructions in an emulated second make waiting for emulated
+    /// devices (disk, UART) cheaper; figures in time need 400 million.
+    pub const FUNCTIONAL_IPS: u64 = 50_000_000;
+
+    /// A machine with one CPU for guests of `guests` bytes in total.
+    pub fn new(disk: &Path, folder: &Path, guests: u64) -> Self {
+        Self {
+            disk: disk.to_owned(),
+            folder: folder.to_owned(),
+            memory_mib: memory_for(guests),
+            cpus: 1,
+            cpu_model: None,
+            ips: Self::FUNCTIONAL_IPS,
+        }
+    }
+}
+
+/// Memory in MiB for guests of `guests` bytes: what firmware, loader (with the
+/// guest's images in memory) and hypervisor need comes on top.
+pub fn memory_for(guests: u64) -> u64 {
+    (guests.div_ceil(1 << 20) + 160).next_multiple_of(32)
+}
+
+/// Something that machines run on.
+pub trait Platform {
+    /// Its name for the user.
+    fn name(&self) -> &'static str;
+
+    /// Starts a machine. It ends with the thread that started it at the
+    /// latest, if the tool `setpriv` is there.
+    ///
+    /// # Errors
+    /// When the emulator does not start; the reason is the emulator's.
+    fn start(&self, config: &MachineConfig) -> Result<Machine>;
+}
+
+/// A machine that is running. Dropping it ends the machine.
+pub struct Machine {
+    child: Child,
+    serial: TcpStream,
+    disk: PathBuf,
+    ended: bool,
+}
+
+impl Machine {
+    /// The first serial port, both ways. It reads as ended when the machine
+    /// is off.
+    pub fn serial(&self) -> &TcpStream {
+        &self.serial
+    }
+
+    /// Whether the emulator has ended.
+    ///
+    /// # Errors
+    /// When the system does not say.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        self.ended = self.ended || self.child.try_wait()?.is_some();
+        Ok(self.ended)
+    }
+
+    /// Waits for the end, for no longer than `limit`; says whether it came.
+    ///
+    /// # Errors
+    /// When the system does not say.
+    pub fn wait(&mut self, limit: Duration) -> Result<bool> {
+        let start = Instant::now();
+        while !self.has_ended()? {
+            if start.elapsed() > limit {
+                return Ok(false);
+            }
+            sleep(POLL);
+        }
+        Ok(true)
+    }
+
+    /// Ends the machine now, with all its processes.
+    pub fn stop(&mut self) {
+        kill_group(&mut self.child);
+        self.ended = true;
+        remove_lock(&self.disk);
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn kill_group(child: &mut Child) {
+    // Until it is waited for, the process keeps its id, so the group is ours.
+    if let (Ok(None), Ok(pid)) = (child.try_wait(), i32::try_from(child.id())) {
+        let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+    let _ = child.wait();
+}
+
+/// Bochs refuses an image whose lock is there, and leaves it there when killed.
+fn remove_lock(disk: &Path) {
+    let mut lock = disk.as_os_str().to_owned();
+    lock.push(".lock");
+    let _ = fs::remove_file(lock);
+}
+
+/// Starts `command` in a process group of its own, waits until it connects to
+/// `listener`, and makes a machine of both. `log` receives its output.
+fn start(
+    mut command: Command,
+    listener: &TcpListener,
+    config: &MachineConfig,
+    log: &Path,
+) -> Result<Machine> {
+    remove_lock(&config.disk);
+    let output = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+    command
+        .current_dir(&config.folder)
+        .stdin(Stdio::null())
+        .stdout(output.try_clone()?)
+        .stderr(output)
+        .process_group(0);
+    let name = command.get_program().to_string_lossy().into_owned();
+    let mut child = command
+        .spawn()
+        .with_context(|| format!("cannot start {name}"))?;
+    match accept(listener, &mut child) {
+        Ok(serial) => Ok(Machine {
+            child,
+            serial,
+            disk: config.disk.clone(),
+            ended: false,
+        }),
+        Err(error) => {
+            kill_group(&mut child);
+            remove_lock(&config.disk);
+            Err(error)
+        }
+    }
+}
+
+fn accept(listener: &TcpListener, child: &mut Child) -> Result<TcpStream> {
+    listener.set_nonblocking(true)?;
+    let start = Instant::now();
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false)?;
+                stream.set_nodelay(true)?;
+                return Ok(stream);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error.into()),
+        }
+        if child.try_wait()?.is_some() {
+            bail!("the emulator has ended before it connected its serial port");
+        }
+        if start.elapsed() > CONNECT {
+            bail!(
+                "the emulator has not connected its serial port within {} s",
+                CONNECT.as_secs()
+            );
+        }
+        sleep(POLL);
+    }
+}
+
+fn listen() -> Result<(TcpListener, u16)> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+        .context("cannot open a port for the serial line")?;
+    let port = listener.local_addr()?.port();
+    Ok((listener, port))
+}
+
+/// A command for `program` that the kernel ends together with us, even when we
+/// are killed. Without `setpriv` (package util-linux) only [`Machine`]'s own
+/// ends remain.
+fn bound_command(program: &Path) -> Command {
+    match paths::find_program("setpriv") {
+        Some(setpriv) => {
+            let mut command = Command::new(setpriv);
+            command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+            command
+        }
+        None => Command::new(program),
+    }
+}
+
+/// The last lines of a log that say why something failed.
+fn last_words(log: &Path, wanted: impl Fn(&str) -> bool) -> String {
+    let mut bytes = Vec::new();
+    let _ = File::open(log).and_then(|mut file| file.read_to_end(&mut bytes));
+    let text = String::from_utf8_lossy(&bytes);
+    let mut lines: Vec<&str> = text
+        .lines()
+        .map(str::trim)
+        .filter(|line| wanted(line))
+        .collect();
+    let first = lines.len().saturating_sub(3);
+    lines.drain(..first);
+    lines.join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(folder: &Path) -> MachineConfig {
+        MachineConfig::new(&folder.join("disk.img"), folder, 256 << 20)
+    }
+
+    #[test]
+    fn a_machine_has_room_beside_its_guests() {
+        assert_eq!(memory_for(256 << 20), 416);
+        assert_eq!(memory_for(1), 192);
+    }
+
+    #[test]
+    fn an_emulator_that_ends_at_once_is_reported() {
+        let folder = std::env::temp_dir();
+        let (listener, _) = listen().unwrap();
+        let command = Command::new("true");
+        let log = folder.join(format!("vireo-machine-{}", std::process::id()));
+        let error = start(command, &listener, &config(&folder), &log)
+            .err()
+            .unwrap();
+        assert!(error.to_string().contains("ended before"), "{error}");
+        fs::remove_file(log).unwrap();
+    }
+
+    #[test]
+    fn the_end_of_a_machine_is_the_end_of_all_its_processes() {
+        let folder = std::env::temp_dir();
+        let (listener, port) = listen().unwrap();
+        let mut command = bound_command(Path::new("/bin/bash"));
+        // A child of the "emulator" holds the line open too.
+        command.args([
+            "-c",
+            &format!("exec 3<>/dev/tcp/127.0.0.1/{port}; sleep 100 & echo ready >&3; wait"),
+        ]);
+        let log = folder.join(format!("vireo-group-{}", std::process::id()));
+        let mut machine = start(command, &listener, &config(&folder), &log).unwrap();
+        let mut line = [0; 6];
+        machine.serial().read_exact(&mut line).unwrap();
+        assert!(!machine.wait(Duration::ZERO).unwrap());
+        machine.stop();
+        machine
+            .serial()
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        assert_eq!(machine.serial().read(&mut line).unwrap(), 0);
+        fs::remove_file(log).unwrap();
+    }
+}

@@ -1,0 +1,4 @@
+//! stub
+pub fn convert(_: &[u8]) -> anyhow::Result<Vec<u8>> {
+    anyhow::bail!("stub")
+}

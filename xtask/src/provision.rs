@@ -1,0 +1,457 @@
+//! What a machine needs beside our own code: an emulator, its firmware, and
+//! the default guest.
+//!
+//! What is installed is used. What is missing comes from Debian's packages,
+//! which are unpacked under `target/provision/NAME/`, so nothing on the system
+//! changes and no privilege is needed. Such a folder appears by a rename when
+//! it is complete and is never fetched again; a lock keeps concurrent
+//! invocations from fetching twice.
+
+use crate::machine::{Bochs, Qemu};
+use crate::paths;
+use crate::progress::Progress;
+use anyhow::{Context, Result, bail, ensure};
+use nix::unistd::Uid;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// The package whose dependency names the current kernel.
+const KERNEL: &str = "linux-image-cloud-amd64";
+/// The libraries of Debian's architecture, inside an unpacked package.
+const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
+/// Ends of the names of library packages without a shared library in them.
+const NO_LIBRARY: [&str; 4] = ["-data", "-common", "-bin", "-dev"];
+
+/// The default guest's parts.
+pub struct DefaultGuest {
+    /// The kernel as packaged, a bzImage.
+    pub kernel: PathBuf,
+    /// A statically linked busybox.
+    pub busybox: Vec<u8>,
+    /// The names of its applets.
+    pub applets: Vec<String>,
+}
+
+/// Finds things, and fetches what is not there.
+pub struct Provisioner<'a> {
+    folder: PathBuf,
+    progress: &'a Progress,
+}
+
+impl<'a> Provisioner<'a> {
+    /// A provisioner that reports what it does to `progress`.
+    pub fn new(progress: &'a Progress) -> Self {
+        Self {
+            folder: paths::target().join("provision"),
+            progress,
+        }
+    }
+
+    /// The Bochs that `VIREO_BOCHS` names, else the installed one, else the
+    /// package's.
+    ///
+    /// # Errors
+    /// When there is none and it cannot be fetched.
+    pub fn bochs(&self) -> Result<Bochs> {
+        let firmware = self.ovmf()?;
+        let vga_bios = self.file("vgabios", "usr/share/vgabios/vgabios.bin")?;
+        let bochs = |program, environment| Bochs {
+            program,
+            environment,
+            firmware,
+            vga_bios,
+        };
+        if let Some(program) = named_by("VIREO_BOCHS")? {
+            return Ok(bochs(program, Vec::new()));
+        }
+        if let Some(program) =
+            paths::find_program("bochs-bin").or_else(|| paths::find_program("bochs"))
+        {
+            return Ok(bochs(program, Vec::new()));
+        }
+        let folder = match self.unpacked_bochs() {
+            Ok(folder) => folder,
+            Err(error) if Uid::effective().is_root() => {
+                self.progress.note(&format!(
+                    "bochs does not run unpacked ({error:#}): installing it"
+                ));
+                self.apt_get(
+                    &[
+                        "install",
+                        "-y",
+                        "--no-install-recommends",
+                        "bochs",
+                        "bochs-term",
+                    ],
+                    &self.folder,
+                )?;
+                let program = paths::find_program("bochs-bin")
+                    .context("the package bochs has no bochs-bin")?;
+                return Ok(bochs(program, Vec::new()));
+            }
+            Err(error) => {
+                return Err(error.context(
+                    "cannot run the emulator from its unpacked package: install it (apt-get install bochs bochs-term)",
+                ));
+            }
+        };
+        Ok(bochs(
+            folder.join("usr/bin/bochs-bin"),
+            bochs_environment(&folder),
+        ))
+    }
+
+    /// The QEMU that `VIREO_QEMU` names, else the installed one.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn qemu(&self) -> Result<Qemu> {
+        let program = match named_by("VIREO_QEMU")? {
+            Some(program) => program,
+            None => paths::find_program("qemu-system-x86_64")
+                .context("there is no qemu-system-x86_64: install it (apt-get install qemu-system-x86) or use --platform bochs")?,
+        };
+        Ok(Qemu {
+            program,
+            firmware: self.ovmf()?,
+        })
+    }
+
+    /// The kernel and busybox of the default guest.
+    ///
+    /// # Errors
+    /// When they cannot be fetched.
+    pub fn default_guest(&self) -> Result<DefaultGuest> {
+        let record = self.folder.join("default-kernel");
+        let package = match fs::read_to_string(&record) {
+            Ok(package) => package.trim().to_owned(),
+            Err(_) => {
+                let _lock = self.lock()?;
+                let package = dependency(&self.apt_cache(&["show", KERNEL])?, "linux-image-")
+                    .with_context(|| format!("the package {KERNEL} names no kernel"))?;
+                replace(&record, package.as_bytes())?;
+                package
+            }
+        };
+        let boot = self.package(&package)?.join("boot");
+        let kernel = fs::read_dir(&boot)?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .find(|path| {
+                path.file_name()
+                    .is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-"))
+            })
+            .with_context(|| format!("there is no kernel in {}", boot.display()))?;
+        let (busybox, applets) = self.busybox()?;
+        Ok(DefaultGuest {
+            kernel,
+            busybox,
+            applets,
+        })
+    }
+
+    /// A statically linked busybox and the names of its applets.
+    ///
+    /// # Errors
+    /// When it cannot be fetched or does not run.
+    pub fn busybox(&self) -> Result<(Vec<u8>, Vec<String>)> {
+        let folder = self.package("busybox-static")?;
+        let program = ["usr/bin/busybox", "bin/busybox"]
+            .map(|path| folder.join(path))
+            .into_iter()
+            .find(|path| path.is_file())
+            .context("the package busybox-static has no busybox")?;
+        let list = output(Command::new(&program).arg("--list"))?;
+        let applets = String::from_utf8_lossy(&list.stdout)
+            .lines()
+            .map(str::to_owned)
+            .collect();
+        Ok((paths::read(&program)?, applets))
+    }
+
+    fn ovmf(&self) -> Result<PathBuf> {
+        self.file("ovmf", "usr/share/ovmf/OVMF.fd")
+    }
+
+    /// A file of a package, installed or unpacked.
+    fn file(&self, package: &str, path: &str) -> Result<PathBuf> {
+        let installed = Path::new("/").join(path);
+        if installed.is_file() {
+            return Ok(installed);
+        }
+        let unpacked = self.package(package)?.join(path);
+        ensure!(unpacked.is_file(), "the package {package} has no {path}");
+        Ok(unpacked)
+    }
+
+    /// The folder of an unpacked package, fetched when it is missing.
+    fn package(&self, name: &str) -> Result<PathBuf> {
+        self.unpack(name, &[name.to_owned()])
+    }
+
+    /// The folder `name`, with `packages` unpacked into it.
+    fn unpack(&self, name: &str, packages: &[String]) -> Result<PathBuf> {
+        let folder = self.folder.join(name);
+        if folder.is_dir() {
+            return Ok(folder);
+        }
+        let _lock = self.lock()?;
+        if folder.is_dir() {
+            return Ok(folder);
+        }
+        let archives = self.fresh(&format!("{name}.archives"))?;
+        let fresh = self.fresh(&format!("{name}.new"))?;
+        self.progress
+            .stage(&format!("fetching {}", packages.join(" ")));
+        let mut arguments = vec!["download"];
+        arguments.extend(packages.iter().map(String::as_str));
+        self.apt_get(&arguments, &archives).with_context(|| {
+            format!("cannot fetch the Debian package {name}: is this machine online?")
+        })?;
+        for archive in fs::read_dir(&archives)? {
+            let archive = archive?.path();
+            output(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(&fresh))?;
+        }
+        fs::rename(&fresh, &folder)
+            .with_context(|| format!("cannot create {}", folder.display()))?;
+        fs::remove_dir_all(&archives)?;
+        self.progress
+            .note(&format!("{name}: unpacked into {}", folder.display()));
+        Ok(folder)
+    }
+
+    /// Bochs with the libraries that the system lacks, in one folder.
+    fn unpacked_bochs(&self) -> Result<PathBuf> {
+        let folder = self.folder.join("bochs");
+        if !folder.is_dir() {
+            let wanted = [
+                "install",
+                "-s",
+                "--no-install-recommends",
+                "bochs",
+                "bochs-term",
+            ];
+            let missing = {
+                let _lock = self.lock()?;
+                self.apt_get(&wanted, &self.folder)?
+            };
+            self.unpack("bochs", &packages_to_unpack(&missing))?;
+        }
+        let mut trial = Command::new(folder.join("usr/bin/bochs-bin"));
+        trial.arg("--help").envs(bochs_environment(&folder));
+        let result = trial.output().context("cannot start the unpacked bochs")?;
+        let text = String::from_utf8_lossy(&result.stderr);
+        ensure!(
+            text.contains("Usage:"),
+            "{}",
+            text.lines().next().unwrap_or("it says nothing")
+        );
+        Ok(folder)
+    }
+
+    /// An empty folder of this name.
+    fn fresh(&self, name: &str) -> Result<PathBuf> {
+        let folder = self.folder.join(name);
+        if folder.exists() {
+            fs::remove_dir_all(&folder)?;
+        }
+        fs::create_dir_all(&folder)
+            .with_context(|| format!("cannot create {}", folder.display()))?;
+        Ok(folder)
+    }
+
+    fn lock(&self) -> Result<File> {
+        fs::create_dir_all(&self.folder)
+            .with_context(|| format!("cannot create {}", self.folder.display()))?;
+        let lock = File::create(self.folder.join("lock"))?;
+        lock.lock()
+            .context("cannot lock the folder of fetched packages")?;
+        Ok(lock)
+    }
+
+    /// `apt-cache` with the system's package lists, else with our own.
+    fn apt_cache(&self, arguments: &[&str]) -> Result<String> {
+        self.apt("apt-cache", arguments, &self.folder)
+    }
+
+    /// `apt-get`, likewise, in `folder`.
+    fn apt_get(&self, arguments: &[&str], folder: &Path) -> Result<String> {
+        self.apt("apt-get", arguments, folder)
+    }
+
+    /// Runs an apt tool and, where it fails with the system's lists (there are
+    /// none on a fresh machine, and old ones name packages that are gone),
+    /// once more with current lists of our own.
+    fn apt(&self, tool: &str, arguments: &[&str], folder: &Path) -> Result<String> {
+        if paths::find_program(tool).is_none() {
+            bail!(
+                "there is no {tool}: on a system other than Debian, install bochs, OVMF, vgabios and busybox by hand"
+            );
+        }
+        let own = self.folder.join("apt");
+        let run = |options: &[String]| {
+            let user = if Uid::effective().is_root() {
+                "root"
+            } else {
+                ""
+            };
+            let mut command = Command::new(tool);
+            command
+                .current_dir(folder)
+                .env("DEBIAN_FRONTEND", "noninteractive")
+                .env("LC_ALL", "C");
+            command
+                .arg("-q")
+                .args(["-o", &format!("APT::Sandbox::User={user}")]);
+            command.args(options).args(arguments);
+            output(&mut command)
+        };
+        let options = [
+            "-o".into(),
+            format!("Dir::State={}", own.join("state").display()),
+            "-o".into(),
+            format!("Dir::Cache={}", own.join("cache").display()),
+            "-o".into(),
+            "Dir::State::status=/var/lib/dpkg/status".into(),
+        ];
+        let installing = arguments.first() == Some(&"install") && !arguments.contains(&"-s");
+        let with_system = if own.join("updated").exists() && !installing {
+            None
+        } else {
+            run(&[]).ok()
+        };
+        let text = match with_system {
+            Some(text) => text,
+            None => {
+                if !own.join("updated").exists() {
+                    self.progress.stage("fetching the lists of Debian packages");
+                    fs::create_dir_all(own.join("state/lists/partial"))?;
+                    fs::create_dir_all(own.join("cache/archives/partial"))?;
+                    let mut update = Command::new("apt-get");
+                    update
+                        .args(["-q", "-o", "APT::Sandbox::User=root"])
+                        .args(&options)
+                        .arg("update");
+                    // A foreign source that fails does not matter, as long as
+                    // the package is found afterwards.
+                    let _ = update.env("LC_ALL", "C").output();
+                    fs::write(own.join("updated"), "")?;
+                }
+                run(&options).inspect_err(|_| {
+                    let _ = fs::remove_file(own.join("updated"));
+                })?
+            }
+        };
+        Ok(String::from_utf8_lossy(&text.stdout).into_owned())
+    }
+}
+
+/// The program that an environment variable names, which must be there.
+fn named_by(variable: &str) -> Result<Option<PathBuf>> {
+    let Some(value) = std::env::var_os(variable) else {
+        return Ok(None);
+    };
+    let path = PathBuf::from(value);
+    if path.is_file() {
+        return Ok(Some(std::path::absolute(path)?));
+    }
+    match path.to_str().and_then(paths::find_program) {
+        Some(program) => Ok(Some(program)),
+        None => bail!(
+            "{variable} names {}, which is not there: correct or unset it",
+            path.display()
+        ),
+    }
+}
+
+/// Where an unpacked Bochs finds its plugins, ROM images and libraries.
+fn bochs_environment(folder: &Path) -> Vec<(String, String)> {
+    let libraries = LIBRARIES
+        .map(|path| folder.join(path).display().to_string())
+        .join(":");
+    let plugins = folder.join(LIBRARIES[0]).join("bochs/plugins");
+    vec![
+        ("LD_LIBRARY_PATH".into(), libraries),
+        ("LTDL_LIBRARY_PATH".into(), plugins.display().to_string()),
+        (
+            "BXSHARE".into(),
+            folder.join("usr/share/bochs").display().to_string(),
+        ),
+    ]
+}
+
+/// Of what a simulated installation of bochs lists (`Inst NAME ...`): bochs
+/// itself and the packages with libraries for it.
+fn packages_to_unpack(simulation: &str) -> Vec<String> {
+    simulation
+        .lines()
+        .filter_map(|line| line.strip_prefix("Inst ")?.split_whitespace().next())
+        .filter(|name| {
+            *name == "bochs"
+                || (name.starts_with("lib") && !NO_LIBRARY.iter().any(|end| name.ends_with(end)))
+        })
+        .map(str::to_owned)
+        .collect()
+}
+
+/// The first dependency with this prefix in a package's description, without
+/// version and alternatives.
+fn dependency(description: &str, prefix: &str) -> Option<String> {
+    description
+        .lines()
+        .filter_map(|line| line.strip_prefix("Depends:"))
+        .flat_map(|list| list.split(','))
+        .filter_map(|item| item.split(['|', '(']).next())
+        .map(str::trim)
+        .find(|name| name.starts_with(prefix))
+        .map(str::to_owned)
+}
+
+/// Writes a file so that it is never seen half written.
+fn replace(path: &Path, contents: &[u8]) -> Result<()> {
+    let new = path.with_extension("new");
+    fs::write(&new, contents)
+        .and_then(|()| fs::rename(&new, path))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Runs a command to its end, which must be a good one.
+fn output(command: &mut Command) -> Result<Output> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output = command
+        .output()
+        .with_context(|| format!("cannot start {name}"))?;
+    if !output.status.success() {
+        let text = String::from_utf8_lossy(&output.stderr);
+        let reason = text
+            .lines()
+            .rfind(|line| !line.trim().is_empty())
+            .unwrap_or("it gives no reason");
+        bail!("{name} has failed: {reason}");
+    }
+    Ok(output)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_is_read_from_the_meta_package() {
+        let description = "Package: linux-image-cloud-amd64\nVersion: 6.1.192-2\nProvides: linux-image\n\
+             Depends: foo (>= 1) | bar, linux-image-6.1.0-56-cloud-amd64 (= 6.1.192-2)\nDescription: x\n";
+        let found = dependency(description, "linux-image-");
+        assert_eq!(found.as_deref(), Some("linux-image-6.1.0-56-cloud-amd64"));
+        assert_eq!(
+            dependency("Package: a\nRecommends: linux-image-1\n", "linux-image-"),
+            None
+        );
+    }
+
+    #[test]
+    fn of_an_installation_only_libraries_and_bochs_are_unpacked() {
+        let simulation = "Inst libltdl7 (2.4.7-7 Debian:12 [amd64])\nInst libgtk-3-common (3.24 [all])\n\
+             Inst adwaita-icon-theme (43 [all])\nInst bochs (2.7 [amd64]) []\nConf bochs (2.7 [amd64])\n";
+        assert_eq!(packages_to_unpack(simulation), ["libltdl7", "bochs"]);
+    }
+}

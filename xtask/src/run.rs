@@ -1,0 +1,266 @@
+//! `cargo xtask run`: from nothing to a guest's shell.
+
+use crate::machine::{Machine, MachineConfig, Platform, nested_vmx};
+use crate::progress::Progress;
+use crate::provision::Provisioner;
+use crate::session::{End, Report, Session, Streams, input_is_terminal};
+use crate::verdict::Verdict;
+use crate::volume::{Job, Single, Volume};
+use crate::{build, image, paths, symbols};
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The limit where nobody is there to notice that a machine hangs.
+const UNATTENDED: Duration = Duration::from_secs(600);
+
+/// Which guests are put on the boot volume.
+#[derive(Args, Debug, Default)]
+pub struct GuestOptions {
+    /// The configuration file; the files that it names stand below its folder
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "vcpus"])]
+    pub config: Option<PathBuf>,
+    /// The guest's kernel, instead of Debian's
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// The guest's initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line
+    #[arg(long, value_name = "TEXT")]
+    pub cmdline: Option<String>,
+    /// The guest's memory, for example 256M or 1G
+    #[arg(long, value_name = "SIZE", value_parser = memory)]
+    pub memory: Option<String>,
+    /// The number of the guest's virtual CPUs
+    #[arg(long, value_name = "NUMBER")]
+    pub vcpus: Option<u32>,
+}
+
+/// `cargo xtask run`
+#[derive(Args, Debug)]
+pub struct Options {
+    #[command(flatten)]
+    guest: GuestOptions,
+    /// Run COMMAND in the guest's shell, print its output, power off, and exit with its status
+    #[arg(long, value_name = "COMMAND")]
+    exec: Option<String>,
+    /// What the machine runs on; auto is QEMU where KVM offers VMX, else Bochs
+    #[arg(long, value_enum, default_value_t = PlatformChoice::Auto)]
+    platform: PlatformChoice,
+    /// End a machine that takes longer; without a terminal the limit is 600
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+}
+
+/// `--platform`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PlatformChoice {
+    /// QEMU where KVM offers VMX, else Bochs
+    Auto,
+    /// Bochs, which emulates VT-x
+    Bochs,
+    /// QEMU, with KVM or without VT-x
+    Qemu,
+}
+
+impl PlatformChoice {
+    /// The platform, provisioned. `auto` does not take a QEMU that is missing.
+    ///
+    /// # Errors
+    /// When it cannot be had.
+    pub fn provision(self, provisioner: &Provisioner) -> Result<Box<dyn Platform>> {
+        let qemu = match self {
+            Self::Auto if nested_vmx() => provisioner.qemu().ok(),
+            Self::Qemu => Some(provisioner.qemu()?),
+            _ => None,
+        };
+        Ok(match qemu {
+            Some(qemu) => Box::new(qemu),
+            None => Box::new(provisioner.bochs()?),
+        })
+    }
+}
+
+impl GuestOptions {
+    /// The boot volume for these guests.
+    ///
+    /// # Errors
+    /// When a file is missing or malformed.
+    pub fn volume(
+        &self,
+        job: Option<&Job>,
+        terminal: bool,
+        provisioner: &Provisioner,
+    ) -> Result<Volume> {
+        if let Some(config) = &self.config {
+            return Volume::from_config(config, job, provisioner);
+        }
+        let single = Single {
+            kernel: self.kernel.as_deref(),
+            initrd: self.initrd.as_deref(),
+            cmdline: self.cmdline.as_deref(),
+            memory: self.memory.as_deref(),
+            vcpus: self.vcpus,
+        };
+        let (rows, columns) = console::Term::stdout().size();
+        let name = std::env::var("TERM").unwrap_or_default();
+        let terminal = terminal.then_some((columns, rows, name.as_str()));
+        Volume::single(&single, job, terminal, provisioner)
+    }
+}
+
+/// Runs the command, and returns the exit code.
+///
+/// # Errors
+/// One sentence for whatever went wrong.
+pub fn run(options: &Options) -> Result<u8> {
+    let progress = Progress::new();
+    let provisioner = Provisioner::new(&progress);
+    let terminal = options.exec.is_none() && input_is_terminal();
+    let nonce = nonce()?;
+    let job = Job {
+        nonce: &nonce,
+        command: options.exec.as_deref(),
+    };
+    let volume = options
+        .guest
+        .volume((!terminal).then_some(&job), terminal, &provisioner)?;
+    let platform = options.platform.provision(&provisioner)?;
+    progress.clear();
+    let built = build::all()?;
+
+    let folder = RunFolder::create()?;
+    let disk = folder.path.join("disk.img");
+    let guests = volume.memory;
+    progress.stage("disk image");
+    image::write(&disk, &volume.into_files(paths::read(&built.loader)?))?;
+    let machine = start(
+        platform.as_ref(),
+        &MachineConfig::new(&disk, &folder.path, guests),
+        &progress,
+    )?;
+    let streams = if terminal {
+        Streams::Terminal
+    } else {
+        Streams::Job {
+            nonce: &nonce,
+            input: !input_is_terminal(),
+        }
+    };
+    let timeout = options
+        .timeout
+        .map(Duration::from_secs)
+        .or((!terminal).then_some(UNATTENDED));
+    let log = folder.path.join("serial.log");
+    let report = Session {
+        machine,
+        streams,
+        log,
+        timeout,
+        progress: &progress,
+    }
+    .run();
+    progress.clear();
+    folder.close(&report);
+    show_backtrace(&report, &built.kernel);
+    Ok(match report.end? {
+        End::Status(status) => u8::try_from(status).unwrap_or(1),
+        End::Left => 0,
+        End::Signal(number) => u8::try_from(128 + number).unwrap_or(1),
+    })
+}
+
+/// `cargo xtask image`
+///
+/// # Errors
+/// One sentence for whatever went wrong.
+pub fn make_image(output: &Path, guest: &GuestOptions) -> Result<()> {
+    let progress = Progress::new();
+    let volume = guest.volume(None, false, &Provisioner::new(&progress))?;
+    progress.clear();
+    let built = build::all()?;
+    image::write(output, &volume.into_files(paths::read(&built.loader)?))?;
+    eprintln!(
+        "{}: write it to a whole disk or USB stick, and boot that with UEFI",
+        output.display()
+    );
+    Ok(())
+}
+
+fn start(platform: &dyn Platform, config: &MachineConfig, progress: &Progress) -> Result<Machine> {
+    progress.stage(&format!(
+        "starting {} with {} MiB",
+        platform.name(),
+        config.memory_mib
+    ));
+    platform.start(config)
+}
+
+/// The hypervisor prints addresses; the functions are known here.
+fn show_backtrace(report: &Report, kernel: &Path) {
+    let panicked = report
+        .watcher
+        .verdicts
+        .iter()
+        .any(|verdict| matches!(verdict, Verdict::Panic(_)));
+    if !panicked {
+        return;
+    }
+    for line in &report.watcher.aftermath {
+        eprintln!("{line}");
+    }
+    match symbols::backtrace(kernel, &report.watcher.aftermath) {
+        Ok(lines) => lines.iter().for_each(|line| eprintln!("  {line}")),
+        Err(error) => eprintln!("{error:#}"),
+    }
+}
+
+/// Sixteen random hexadecimal digits.
+fn nonce() -> Result<String> {
+    let mut bytes = [0; 8];
+    fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .context("cannot read /dev/urandom")?;
+    Ok(format!("{:016x}", u64::from_le_bytes(bytes)))
+}
+
+/// A folder for one run, named by our process id.
+struct RunFolder {
+    path: PathBuf,
+}
+
+impl RunFolder {
+    /// Creates it, and removes those of processes that are gone and left one.
+    fn create() -> Result<Self> {
+        let all = paths::target().join("run");
+        let path = all.join(std::process::id().to_string());
+        for entry in fs::read_dir(&all).into_iter().flatten().flatten() {
+            let owner = Path::new("/proc").join(entry.file_name());
+            if !owner.exists() || entry.path() == path {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+        fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        Ok(Self { path })
+    }
+
+    /// After a failure, the logs stay until the next run.
+    fn close(self, report: &Report) {
+        if report.end.is_ok() {
+            let _ = fs::remove_dir_all(&self.path);
+        } else {
+            let _ = fs::remove_file(self.path.join("disk.img"));
+        }
+    }
+}
+
+fn memory(text: &str) -> Result<String, String> {
+    match crate::volume::parse_memory(text) {
+        Some(_) => Ok(text.to_owned()),
+        None => Err("expected a size such as 256M or 1G".into()),
+    }
+}

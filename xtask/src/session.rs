@@ -1,0 +1,373 @@
+//! One machine from its start to its end, with our standard streams joined to
+//! its console.
+
+use crate::framing::{BLOCK, Event, Framer, input_line};
+use crate::machine::Machine;
+use crate::progress::Progress;
+use crate::terminal::{self, Keys, Raw};
+use crate::verdict::Watcher;
+use anyhow::{Context, Result, anyhow, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::fs::File;
+use std::io::{self, IsTerminal, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// Typed or pasted bytes go to the guest in pieces of this size, the UART's
+/// receive FIFO, with a pause in which the guest can empty it.
+const PIECE: usize = 16;
+const PAUSE: Duration = Duration::from_millis(10);
+/// How long a machine may take to power off when its shell has ended.
+const POWER_OFF: Duration = Duration::from_secs(60);
+
+/// How our standard streams are used.
+pub enum Streams<'a> {
+    /// The terminal is the guest's console.
+    Terminal,
+    /// The guest runs a job with this nonce, see [`crate::framing`]. The input
+    /// is passed on only where `input` says so.
+    Job { nonce: &'a str, input: bool },
+}
+
+/// How a machine ended, as far as it is no error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The machine is off, or the job has ended with this status.
+    Status(i32),
+    /// The user has left.
+    Left,
+    /// A signal with this number has ended us.
+    Signal(i32),
+}
+
+/// A session about to run.
+pub struct Session<'a> {
+    /// The machine, just started.
+    pub machine: Machine,
+    /// How it is joined to us.
+    pub streams: Streams<'a>,
+    /// Everything from the console is kept here.
+    pub log: PathBuf,
+    /// The most that it may take.
+    pub timeout: Option<Duration>,
+    /// Where the stages are shown.
+    pub progress: &'a Progress,
+}
+
+/// What a session has seen of the hypervisor, whatever its end.
+pub struct Report {
+    /// The end, or why there was none.
+    pub end: Result<End>,
+    /// The hypervisor's verdicts.
+    pub watcher: Watcher,
+}
+
+impl Session<'_> {
+    /// Runs the machine to its end, and takes it down in any case.
+    pub fn run(self) -> Report {
+        let mut watcher = Watcher::default();
+        let end = match Loop::new(self, &mut watcher) {
+            Ok(mut running) => running.run(),
+            Err(error) => Err(error),
+        };
+        Report { end, watcher }
+    }
+}
+
+struct Loop<'a> {
+    session: Session<'a>,
+    watcher: &'a mut Watcher,
+    log: File,
+    signals: [(i32, UnixStream); 3],
+    framer: Option<Framer>,
+    stage: usize,
+    /// The terminal in raw mode, once the hypervisor has spoken.
+    raw: Option<Raw>,
+    keys: Keys,
+    /// What was typed and is not sent yet, and when the next piece may go.
+    typed: Vec<u8>,
+    next_piece: Instant,
+    /// The job wants input.
+    wanted: bool,
+    status: Option<i32>,
+    deadline: Option<Instant>,
+}
+
+/// The stages that a starting machine goes through.
+const STAGES: [&str; 4] = ["firmware", "loader", "hypervisor", "kernel"];
+
+impl<'a> Loop<'a> {
+    fn new(session: Session<'a>, watcher: &'a mut Watcher) -> Result<Self> {
+        let log = File::create(&session.log)
+            .with_context(|| format!("cannot write {}", session.log.display()))?;
+        let framer = match session.streams {
+            Streams::Terminal => None,
+            Streams::Job { nonce, .. } => Some(Framer::new(nonce)),
+        };
+        let deadline = session.timeout.map(|limit| Instant::now() + limit);
+        session.progress.stage(STAGES[0]);
+        Ok(Self {
+            watcher,
+            log,
+            signals: [signal(SIGINT)?, signal(SIGTERM)?, signal(SIGHUP)?],
+            framer,
+            stage: 0,
+            raw: None,
+            keys: Keys::default(),
+            typed: Vec::new(),
+            next_piece: Instant::now(),
+            wanted: false,
+            status: None,
+            deadline,
+            session,
+        })
+    }
+
+    fn run(&mut self) -> Result<End> {
+        let mut buffer = [0; 16 << 10];
+        loop {
+            let ready = self.wait()?;
+            if let Some(signal) = ready.signal {
+                return Ok(End::Signal(signal));
+            }
+            if ready.serial {
+                let count = match self.session.machine.serial().read(&mut buffer) {
+                    Ok(count) => count,
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionReset => 0,
+                    Err(error) => return Err(error).context("cannot read the serial line"),
+                };
+                if count == 0 {
+                    return self.ended();
+                }
+                self.receive(&buffer[..count])?;
+            }
+            if ready.input && self.take_input()?.is_none() {
+                return Ok(End::Left);
+            }
+            self.send_typed()?;
+            if self
+                .deadline
+                .is_some_and(|deadline| Instant::now() > deadline)
+            {
+                return self.too_late();
+            }
+        }
+    }
+
+    /// Waits for something to do.
+    fn wait(&mut self) -> Result<Ready> {
+        let listen_to_input = match self.framer {
+            None => self.raw.is_some(),
+            Some(_) => self.wanted,
+        };
+        let input = io::stdin();
+        let serial = self.session.machine.serial();
+        let mut sources = vec![PollFd::new(serial.as_fd(), PollFlags::POLLIN)];
+        for (_, pipe) in &self.signals {
+            sources.push(PollFd::new(pipe.as_fd(), PollFlags::POLLIN));
+        }
+        if listen_to_input {
+            sources.push(PollFd::new(input.as_fd(), PollFlags::POLLIN));
+        }
+        let now = Instant::now();
+        let next = (!self.typed.is_empty()).then_some(self.next_piece);
+        let until = [next, self.deadline].into_iter().flatten().min();
+        let timeout = until.map_or(PollTimeout::NONE, |until| {
+            let millis = until.saturating_duration_since(now).as_millis() + 1;
+            PollTimeout::from(u16::try_from(millis).unwrap_or(u16::MAX))
+        });
+        match poll(&mut sources, timeout) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error).context("cannot wait for the machine"),
+        }
+        let is_ready = |index: usize| {
+            sources
+                .get(index)
+                .is_some_and(|source| source.any().unwrap_or(false))
+        };
+        let signal = self
+            .signals
+            .iter()
+            .zip(1..)
+            .find(|(_, index)| is_ready(*index))
+            .map(|((number, _), _)| *number);
+        Ok(Ready {
+            serial: is_ready(0),
+            signal,
+            input: is_ready(4),
+        })
+    }
+
+    fn receive(&mut self, bytes: &[u8]) -> Result<()> {
+        self.log
+            .write_all(bytes)
+            .context("cannot write the console's log")?;
+        if let Some(framer) = &mut self.framer {
+            let events = framer.push(bytes);
+            let lines = self.watcher.push(bytes);
+            lines.iter().for_each(|line| self.show_stage(line));
+            return events.into_iter().try_for_each(|event| self.handle(event));
+        }
+        for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
+            let lines = self.watcher.push(piece);
+            if self.raw.is_some() {
+                write_out(piece)?;
+            } else if let Some(line) = lines.first() {
+                // Before this line there is only the firmware's talk.
+                self.session.progress.clear();
+                eprintln!("{}", terminal::HINT);
+                self.raw = Some(Raw::enter()?);
+                write_out(format!("{line}\r\n").as_bytes())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn handle(&mut self, event: Event) -> Result<()> {
+        match event {
+            Event::Begin => {
+                self.session.progress.clear();
+                self.stage = STAGES.len();
+            }
+            Event::Output(bytes) => write_out(&bytes)?,
+            Event::More => {
+                self.wanted = matches!(self.session.streams, Streams::Job { input: true, .. });
+                if !self.wanted {
+                    self.send(&input_line(None))?;
+                }
+            }
+            Event::End(status) => {
+                self.wanted = false;
+                self.status = Some(status);
+                let limit = Instant::now() + POWER_OFF;
+                self.deadline = Some(self.deadline.map_or(limit, |deadline| deadline.min(limit)));
+            }
+        }
+        Ok(())
+    }
+
+    fn show_stage(&mut self, line: &str) {
+        let stage = match line {
+            _ if line.contains("loader") => 1,
+            _ if line.contains(" vm ") => 3,
+            _ => 2,
+        };
+        if stage > self.stage {
+            self.stage = stage;
+            self.session.progress.stage(STAGES[stage]);
+        }
+    }
+
+    /// Reads what there is of our input; `None` when the user leaves.
+    fn take_input(&mut self) -> Result<Option<()>> {
+        let mut block = [0; BLOCK];
+        let count =
+            nix::unistd::read(io::stdin(), &mut block).context("cannot read the standard input")?;
+        let block = &block[..count];
+        if self.framer.is_some() {
+            self.wanted = false;
+            self.send(&input_line((count > 0).then_some(block)))?;
+        } else if count == 0 {
+            return Ok(None);
+        } else {
+            let Some(keys) = self.keys.push(block) else {
+                return Ok(None);
+            };
+            self.typed.extend(keys);
+        }
+        Ok(Some(()))
+    }
+
+    fn send_typed(&mut self) -> Result<()> {
+        if self.typed.is_empty() || Instant::now() < self.next_piece {
+            return Ok(());
+        }
+        let piece: Vec<u8> = self.typed.drain(..PIECE.min(self.typed.len())).collect();
+        self.next_piece = Instant::now() + PAUSE;
+        self.send(&piece)
+    }
+
+    /// Sends to the console. A machine that has just ended takes nothing more;
+    /// its end is seen when reading.
+    fn send(&self, bytes: &[u8]) -> Result<()> {
+        match self.session.machine.serial().write_all(bytes) {
+            Err(error)
+                if !matches!(
+                    error.kind(),
+                    io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+                ) =>
+            {
+                Err(error).context("cannot write to the serial line")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The serial line has ended: the machine is off.
+    fn ended(&mut self) -> Result<End> {
+        if let Some(sentence) = self.watcher.failure() {
+            return Err(anyhow!(sentence));
+        }
+        match (&self.framer, self.status) {
+            (_, Some(status)) => Ok(End::Status(status)),
+            (None, None) if !self.watcher.verdicts.is_empty() => Ok(End::Status(0)),
+            _ if !self.watcher.verdicts.is_empty() => {
+                bail!("the guest has powered off before its command ended")
+            }
+            _ => bail!(
+                "the machine has ended without a word: its console is in {}",
+                self.session.log.display()
+            ),
+        }
+    }
+
+    fn too_late(&mut self) -> Result<End> {
+        if let Some(sentence) = self.watcher.failure() {
+            return Err(anyhow!(sentence));
+        }
+        if let Some(status) = self.status {
+            self.session
+                .progress
+                .note("the guest's shell has ended, but its machine stays on: ending it");
+            return Ok(End::Status(status));
+        }
+        let seconds = self.session.timeout.unwrap_or_default().as_secs();
+        let stage = STAGES
+            .get(self.stage)
+            .map_or("guest's shell", |stage| stage);
+        bail!(
+            "the machine has not ended within {seconds} s (--timeout), it was last seen in the {stage}: \
+             its console is in {}",
+            self.session.log.display()
+        )
+    }
+}
+
+struct Ready {
+    serial: bool,
+    signal: Option<i32>,
+    input: bool,
+}
+
+fn signal(number: i32) -> Result<(i32, UnixStream)> {
+    let (read, write) = UnixStream::pair()?;
+    signal_hook::low_level::pipe::register(number, write).context("cannot catch signals")?;
+    Ok((number, read))
+}
+
+/// Writes to standard output, unbuffered: what was shown is shown.
+fn write_out(bytes: &[u8]) -> Result<()> {
+    let mut output = io::stdout().lock();
+    output
+        .write_all(bytes)
+        .and_then(|()| output.flush())
+        .context("cannot write to the standard output")
+}
+
+/// Whether standard input is a terminal, and so the guest's console.
+pub fn input_is_terminal() -> bool {
+    io::stdin().is_terminal()
+}

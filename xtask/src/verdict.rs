@@ -1,0 +1,175 @@
+//! What the hypervisor's own lines on the serial console say.
+//!
+//! Each of its lines starts with `vireo: `; some are verdicts on a guest or on
+//! the hypervisor itself. A guest can print such a line too, so a verdict is
+//! believed only together with the end of the machine.
+
+/// The start of every line of the hypervisor and its loader.
+pub const PREFIX: &str = "vireo: ";
+
+/// The longest line that is looked at, in bytes; the rest of it is ignored.
+const LONGEST: usize = 4096;
+
+/// A verdict line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The guest has powered itself off.
+    PoweredOff { vm: String },
+    /// The guest has asked for a reset, which ends it.
+    Reset { vm: String },
+    /// The hypervisor has stopped the guest.
+    Stopped { vm: String, reason: String },
+    /// The loader or the hypervisor cannot go on: one sentence.
+    Error(String),
+    /// The hypervisor has panicked: what it says about itself.
+    Panic(String),
+}
+
+impl Verdict {
+    /// The verdict in `line`, if it is one.
+    pub fn parse(line: &str) -> Option<Self> {
+        let text = line.trim_end().strip_prefix(PREFIX)?;
+        if let Some(sentence) = text.strip_prefix("error: ") {
+            return Some(Self::Error(sentence.into()));
+        }
+        if let Some(sentence) = text.strip_prefix("panic: ") {
+            return Some(Self::Panic(sentence.into()));
+        }
+        let (vm, what) = text.strip_prefix("vm ")?.split_once(": ")?;
+        let vm = vm.to_owned();
+        match what {
+            "powered off" => Some(Self::PoweredOff { vm }),
+            "reset" => Some(Self::Reset { vm }),
+            _ => Some(Self::Stopped {
+                vm,
+                reason: what.strip_prefix("stopped: ")?.into(),
+            }),
+        }
+    }
+
+    /// The sentence for the user, where this is not the end that one hopes for.
+    pub fn failure(&self) -> Option<String> {
+        match self {
+            Self::PoweredOff { .. } => None,
+            Self::Reset { vm } => Some(format!("the guest {vm} has reset its machine")),
+            Self::Stopped { vm, reason } => Some(format!("the guest {vm} was stopped: {reason}")),
+            Self::Error(sentence) => Some(sentence.clone()),
+            Self::Panic(sentence) => Some(format!("the hypervisor has panicked: {sentence}")),
+        }
+    }
+}
+
+/// Collects lines from a byte stream and keeps the verdicts among them.
+#[derive(Default)]
+pub struct Watcher {
+    line: Vec<u8>,
+    /// The verdicts so far, in their order.
+    pub verdicts: Vec<Verdict>,
+    /// The hypervisor's lines after the last panic: registers and backtrace.
+    pub aftermath: Vec<String>,
+}
+
+impl Watcher {
+    /// Takes the next bytes and returns the lines of the hypervisor that they
+    /// complete, without their ends.
+    pub fn push(&mut self, bytes: &[u8]) -> Vec<String> {
+        let mut lines = Vec::new();
+        for &byte in bytes {
+            if byte != b'\n' {
+                if self.line.len() < LONGEST {
+                    self.line.push(byte);
+                }
+                continue;
+            }
+            let text = String::from_utf8_lossy(&self.line).into_owned();
+            self.line.clear();
+            // The firmware leaves escape sequences before the first line, and a
+            // guest that dies in the middle of a line leaves its beginning.
+            let Some(start) = text.find(PREFIX) else {
+                continue;
+            };
+            let text = text[start..].trim_end().to_owned();
+            if let Some(verdict) = Verdict::parse(&text) {
+                self.aftermath.clear();
+                self.verdicts.push(verdict);
+            } else if let Some(Verdict::Panic(_)) = self.verdicts.last() {
+                self.aftermath.push(text.clone());
+            }
+            lines.push(text);
+        }
+        lines
+    }
+
+    /// The worst thing that was said: a panic before an error, an error before
+    /// a guest's end.
+    pub fn failure(&self) -> Option<String> {
+        let rank = |verdict: &&Verdict| match verdict {
+            Verdict::Panic(_) => 3,
+            Verdict::Error(_) => 2,
+            Verdict::Stopped { .. } => 1,
+            _ => 0,
+        };
+        self.verdicts
+            .iter()
+            .filter(|verdict| verdict.failure().is_some())
+            .max_by_key(rank)?
+            .failure()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn verdict_lines_are_recognized() {
+        let vm = String::from("guest");
+        assert_eq!(
+            Verdict::parse("vireo: vm guest: powered off\r"),
+            Some(Verdict::PoweredOff { vm: vm.clone() })
+        );
+        assert_eq!(
+            Verdict::parse("vireo: vm guest: reset"),
+            Some(Verdict::Reset { vm: vm.clone() })
+        );
+        assert_eq!(
+            Verdict::parse("vireo: vm guest: stopped: triple fault at 0x1000"),
+            Some(Verdict::Stopped {
+                vm,
+                reason: "triple fault at 0x1000".into()
+            })
+        );
+        assert_eq!(
+            Verdict::parse("vireo: error: no VT-x"),
+            Some(Verdict::Error("no VT-x".into()))
+        );
+        assert_eq!(Verdict::parse("vireo: vm guest: 2 vCPUs"), None);
+        assert_eq!(Verdict::parse("error: no VT-x"), None);
+    }
+
+    #[test]
+    fn the_worst_verdict_wins_and_a_panic_keeps_its_backtrace() {
+        let mut watcher = Watcher::default();
+        let text = b"\x1b[2Jvireo: vm a: stopped: triple fault\r\nnoise\r\nvireo: panic: here\r\nvireo:   at 0x10\r\nvireo: vm b: reset\r";
+        for byte in text {
+            watcher.push(&[*byte]);
+        }
+        assert_eq!(
+            watcher.failure(),
+            Some("the hypervisor has panicked: here".into())
+        );
+        assert_eq!(watcher.aftermath, ["vireo:   at 0x10"]);
+        assert_eq!(watcher.push(b"\n"), ["vireo: vm b: reset"]);
+        assert_eq!(
+            watcher.failure(),
+            Some("the hypervisor has panicked: here".into())
+        );
+    }
+
+    #[test]
+    fn a_good_end_is_no_failure() {
+        let mut watcher = Watcher::default();
+        watcher.push(b"vireo: vm a: powered off\r\n");
+        assert_eq!(watcher.failure(), None);
+    }
+}
