@@ -1,6 +1,6 @@
 //! Bochs, which has VT-x without any hardware for it.
 
-use super::{Machine, MachineConfig, Platform, bound_command, last_words, listen, start};
+use super::{Machine, MachineConfig, Platform, bound_command, last_words};
 use crate::image::{CYLINDER, HEADS, SECTORS};
 use anyhow::{Context, Result};
 use std::fs;
@@ -37,30 +37,13 @@ impl Platform for Bochs {
 
     fn start(&self, config: &MachineConfig) -> Result<Machine> {
         let debugger = self.has_debugger()?;
-        let log = config.folder.join("emulator.log");
         let mut reason = anyhow::anyhow!("no display");
         for display in DISPLAYS {
-            let (listener, port) = listen()?;
-            let file = config.folder.join("bochsrc");
-            let text = self.configuration(config, display, port)?;
-            fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
-            let mut command = bound_command(&self.program);
-            command
-                .args(["-q", "-f"])
-                .arg(&file)
-                .envs(self.environment.iter().map(|(name, value)| (name, value)));
-            if debugger {
-                // The debugger waits for a command: "continue".
-                let script = config.folder.join("debugger.rc");
-                fs::write(&script, "c\n")
-                    .with_context(|| format!("cannot write {}", script.display()))?;
-                command.arg("-rc").arg(script);
-            }
-            match start(command, &listener, config, &log) {
+            match Machine::start(config, |port| self.command(config, display, debugger, port)) {
                 Ok(machine) => return Ok(machine),
                 Err(error) => reason = error,
             }
-            let words = last_words(&log, |line| {
+            let words = last_words(&config.log(), |line| {
                 line.contains("PANIC") || line.contains(">>") || line.contains("error")
             });
             if !words.contains("display") && !words.contains("plugin") && !words.contains("rfb") {
@@ -78,6 +61,31 @@ impl Platform for Bochs {
 }
 
 impl Bochs {
+    fn command(
+        &self,
+        config: &MachineConfig,
+        display: &str,
+        debugger: bool,
+        port: u16,
+    ) -> Result<Command> {
+        let file = config.folder.join("bochsrc");
+        let text = self.configuration(config, display, port)?;
+        fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
+        let mut command = bound_command(&self.program);
+        command
+            .args(["-q", "-f"])
+            .arg(&file)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)));
+        if debugger {
+            // The debugger waits for a command: "continue".
+            let script = config.folder.join("debugger.rc");
+            fs::write(&script, "c\n")
+                .with_context(|| format!("cannot write {}", script.display()))?;
+            command.arg("-rc").arg(script);
+        }
+        Ok(command)
+    }
+
     fn has_debugger(&self) -> Result<bool> {
         let help = Command::new(&self.program)
             .arg("--help")

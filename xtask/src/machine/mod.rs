@@ -59,6 +59,11 @@ impl MachineConfig {
             ips: Self::FUNCTIONAL_IPS,
         }
     }
+
+    /// Where the emulator's own output goes.
+    pub fn log(&self) -> PathBuf {
+        self.folder.join("emulator.log")
+    }
 }
 
 /// Memory in MiB for guests of `guests` bytes: what firmware, loader (with the
@@ -148,37 +153,47 @@ fn remove_lock(disk: &Path) {
     let _ = fs::remove_file(lock);
 }
 
-/// Starts `command` in a process group of its own, waits until it connects to
-/// `listener`, and makes a machine of both. `log` receives its output.
-fn start(
-    mut command: Command,
-    listener: &TcpListener,
-    config: &MachineConfig,
-    log: &Path,
-) -> Result<Machine> {
-    remove_lock(&config.disk);
-    let output = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
-    command
-        .current_dir(&config.folder)
-        .stdin(Stdio::null())
-        .stdout(output.try_clone()?)
-        .stderr(output)
-        .process_group(0);
-    let name = command.get_program().to_string_lossy().into_owned();
-    let mut child = command
-        .spawn()
-        .with_context(|| format!("cannot start {name}"))?;
-    match accept(listener, &mut child) {
-        Ok(serial) => Ok(Machine {
-            child,
-            serial,
-            disk: config.disk.clone(),
-            ended: false,
-        }),
-        Err(error) => {
-            kill_group(&mut child);
-            remove_lock(&config.disk);
-            Err(error)
+impl Machine {
+    /// Starts an emulator in a process group of its own, and waits until it
+    /// connects its first serial port. `command` makes the command for the
+    /// TCP port on 127.0.0.1 that it is to connect to; what it prints goes
+    /// into [`MachineConfig::log`].
+    ///
+    /// # Errors
+    /// When it does not start, ends at once or does not connect.
+    pub fn start(
+        config: &MachineConfig,
+        command: impl FnOnce(u16) -> Result<Command>,
+    ) -> Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+            .context("cannot open a port for the serial line")?;
+        let mut command = command(listener.local_addr()?.port())?;
+        remove_lock(&config.disk);
+        let log = config.log();
+        let output =
+            File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        command
+            .current_dir(&config.folder)
+            .stdin(Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output)
+            .process_group(0);
+        let name = command.get_program().to_string_lossy().into_owned();
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("cannot start {name}"))?;
+        match accept(&listener, &mut child) {
+            Ok(serial) => Ok(Self {
+                child,
+                serial,
+                disk: config.disk.clone(),
+                ended: false,
+            }),
+            Err(error) => {
+                kill_group(&mut child);
+                remove_lock(&config.disk);
+                Err(error)
+            }
         }
     }
 }
@@ -209,17 +224,10 @@ fn accept(listener: &TcpListener, child: &mut Child) -> Result<TcpStream> {
     }
 }
 
-fn listen() -> Result<(TcpListener, u16)> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
-        .context("cannot open a port for the serial line")?;
-    let port = listener.local_addr()?.port();
-    Ok((listener, port))
-}
-
 /// A command for `program` that the kernel ends together with us, even when we
 /// are killed. Without `setpriv` (package util-linux) only [`Machine`]'s own
 /// ends remain.
-fn bound_command(program: &Path) -> Command {
+pub fn bound_command(program: &Path) -> Command {
     match paths::find_program("setpriv") {
         Some(setpriv) => {
             let mut command = Command::new(setpriv);
@@ -249,8 +257,10 @@ fn last_words(log: &Path, wanted: impl Fn(&str) -> bool) -> String {
 mod tests {
     use super::*;
 
-    fn config(folder: &Path) -> MachineConfig {
-        MachineConfig::new(&folder.join("disk.img"), folder, 256 << 20)
+    fn config(name: &str) -> MachineConfig {
+        let folder = std::env::temp_dir().join(format!("vireo-{name}-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        MachineConfig::new(&folder.join("disk.img"), &folder, 256 << 20)
     }
 
     #[test]
@@ -261,29 +271,26 @@ mod tests {
 
     #[test]
     fn an_emulator_that_ends_at_once_is_reported() {
-        let folder = std::env::temp_dir();
-        let (listener, _) = listen().unwrap();
-        let command = Command::new("true");
-        let log = folder.join(format!("vireo-machine-{}", std::process::id()));
-        let error = start(command, &listener, &config(&folder), &log)
+        let config = config("ends");
+        let error = Machine::start(&config, |_| Ok(Command::new("true")))
             .err()
             .unwrap();
         assert!(error.to_string().contains("ended before"), "{error}");
-        fs::remove_file(log).unwrap();
+        fs::remove_dir_all(config.folder).unwrap();
     }
 
     #[test]
     fn the_end_of_a_machine_is_the_end_of_all_its_processes() {
-        let folder = std::env::temp_dir();
-        let (listener, port) = listen().unwrap();
-        let mut command = bound_command(Path::new("/bin/bash"));
-        // A child of the "emulator" holds the line open too.
-        command.args([
-            "-c",
-            &format!("exec 3<>/dev/tcp/127.0.0.1/{port}; sleep 100 & echo ready >&3; wait"),
-        ]);
-        let log = folder.join(format!("vireo-group-{}", std::process::id()));
-        let mut machine = start(command, &listener, &config(&folder), &log).unwrap();
+        let config = config("group");
+        let mut machine = Machine::start(&config, |port| {
+            let mut command = bound_command(Path::new("/bin/bash"));
+            // A child of the "emulator" holds the line open too.
+            let script =
+                format!("exec 3<>/dev/tcp/127.0.0.1/{port}; sleep 100 & echo ready >&3; wait");
+            command.args(["-c", &script]);
+            Ok(command)
+        })
+        .unwrap();
         let mut line = [0; 6];
         machine.serial().read_exact(&mut line).unwrap();
         assert!(!machine.wait(Duration::ZERO).unwrap());
@@ -293,6 +300,6 @@ mod tests {
             .set_read_timeout(Some(Duration::from_secs(10)))
             .unwrap();
         assert_eq!(machine.serial().read(&mut line).unwrap(), 0);
-        fs::remove_file(log).unwrap();
+        fs::remove_dir_all(config.folder).unwrap();
     }
 }

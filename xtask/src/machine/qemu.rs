@@ -1,10 +1,11 @@
 //! QEMU: with KVM where that offers VMX to its guests, else its own emulator,
 //! which has no VT-x at all and so shows what the hypervisor says then.
 
-use super::{Machine, MachineConfig, Platform, bound_command, last_words, listen, start};
+use super::{Machine, MachineConfig, Platform, bound_command, last_words};
 use anyhow::Result;
 use std::fs::{self, File};
 use std::path::PathBuf;
+use std::process::Command;
 
 /// A QEMU and the firmware for its machines.
 #[derive(Clone, Debug)]
@@ -48,7 +49,18 @@ impl Platform for Qemu {
     }
 
     fn start(&self, config: &MachineConfig) -> Result<Machine> {
-        let (listener, port) = listen()?;
+        Machine::start(config, |port| Ok(self.command(config, port))).map_err(|error| {
+            let words = last_words(&config.log(), |line| !line.is_empty());
+            error.context(format!(
+                "QEMU ({}) does not start: {words}",
+                self.program.display()
+            ))
+        })
+    }
+}
+
+impl Qemu {
+    fn command(&self, config: &MachineConfig, port: u16) -> Command {
         let kvm = nested_vmx();
         let model = config
             .cpu_model
@@ -95,14 +107,7 @@ impl Platform for Qemu {
                 "none",
                 "-no-reboot",
             ]);
-        let log = config.folder.join("emulator.log");
-        start(command, &listener, config, &log).map_err(|error| {
-            let words = last_words(&log, |line| !line.is_empty());
-            error.context(format!(
-                "QEMU ({}) does not start: {words}",
-                self.program.display()
-            ))
-        })
+        command
     }
 }
 
