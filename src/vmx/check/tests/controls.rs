@@ -297,3 +297,33 @@ fn host_state() {
         )],
     );
 }
+
+#[test]
+fn rules_that_depend_on_the_cpu() {
+    let fields = |state: &State, cpu: &Capabilities| -> Vec<_> {
+        let found = check(state, cpu);
+        found.iter().map(|each| each.field).collect()
+    };
+    let base = long_mode();
+    let no_dirty_bits = Capabilities {
+        ept_vpid: EptVpidCapabilities(CPU.ept_vpid.0 & !(1 << 21)),
+        ..CPU
+    };
+    assert_eq!(fields(&base, &no_dirty_bits), [EPTP.name]);
+    let tracing = Capabilities {
+        secondary: CPU.secondary | PT_GUEST_PHYSICAL << 32,
+        ..CPU
+    };
+    let state = base.with(&[(SECONDARY, PT_GUEST_PHYSICAL)]);
+    assert_eq!(fields(&state, &tracing), [SECONDARY.name]);
+    let with_cet = Capabilities {
+        cr4_fixed1: CPU.cr4_fixed1 | bits::CR4_CET,
+        ..CPU
+    };
+    for (cr0, cr4) in [(HOST_CR0, HOST_CR4), (GUEST_CR0, GUEST_CR4)] {
+        let state = base.with(&[(cr4, 0x2020 | bits::CR4_CET)]);
+        assert_eq!(fields(&state, &with_cet), [""; 0]);
+        let state = state.with(&[(cr0, 0x8000_0033)]);
+        assert_eq!(fields(&state, &with_cet), [cr4.name]);
+    }
+}
