@@ -47,7 +47,11 @@ impl Controls {
     /// # Errors
     /// The first required feature that is missing.
     pub fn new(capabilities: &Capabilities) -> Result<Self, Missing> {
-        let word = |allowed: super::capability::Allowed, required, wanted, msr, names: &[(u32, &'static str)]| {
+        let word = |allowed: super::capability::Allowed,
+                    required,
+                    wanted,
+                    msr,
+                    names: &[(u32, &'static str)]| {
             allowed.control(required, wanted).map_err(|missing| {
                 let bit = missing.trailing_zeros();
                 let feature = names
@@ -70,7 +74,10 @@ impl Controls {
             (Pin::VIRTUAL_NMIS | Pin::VMX_PREEMPTION_TIMER).bits(),
             "IA32_VMX_PINBASED_CTLS",
             &[
-                (Pin::EXTERNAL_INTERRUPT_EXITING.bits(), "external-interrupt exiting"),
+                (
+                    Pin::EXTERNAL_INTERRUPT_EXITING.bits(),
+                    "external-interrupt exiting",
+                ),
                 (Pin::NMI_EXITING.bits(), "NMI exiting"),
             ],
         )?;
@@ -92,7 +99,10 @@ impl Controls {
             0,
             "IA32_VMX_PROCBASED_CTLS",
             &[
-                (Primary::SECONDARY_CONTROLS.bits(), "activate secondary controls"),
+                (
+                    Primary::SECONDARY_CONTROLS.bits(),
+                    "activate secondary controls",
+                ),
                 (Primary::USE_MSR_BITMAPS.bits(), "use MSR bitmaps"),
                 (Primary::USE_IO_BITMAPS.bits(), "use I/O bitmaps"),
                 (Primary::USE_TSC_OFFSETTING.bits(), "use TSC offsetting"),
@@ -127,9 +137,18 @@ impl Controls {
             Exit::SAVE_DEBUG_CONTROLS.bits(),
             "IA32_VMX_EXIT_CTLS",
             &[
-                (Exit::SAVE_IA32_EFER.bits() | Exit::LOAD_IA32_EFER.bits(), "save and load IA32_EFER"),
-                (Exit::SAVE_IA32_PAT.bits() | Exit::LOAD_IA32_PAT.bits(), "save and load IA32_PAT"),
-                (Exit::ACK_INTERRUPT_ON_EXIT.bits(), "acknowledge interrupt on exit"),
+                (
+                    Exit::SAVE_IA32_EFER.bits() | Exit::LOAD_IA32_EFER.bits(),
+                    "save and load IA32_EFER",
+                ),
+                (
+                    Exit::SAVE_IA32_PAT.bits() | Exit::LOAD_IA32_PAT.bits(),
+                    "save and load IA32_PAT",
+                ),
+                (
+                    Exit::ACK_INTERRUPT_ON_EXIT.bits(),
+                    "acknowledge interrupt on exit",
+                ),
             ],
         )?;
         let entry = word(
@@ -218,6 +237,9 @@ mod tests {
         assert_eq!(missing.msr, "IA32_VMX_PROCBASED_CTLS2");
         assert_eq!(missing.bit, 39);
         capabilities.secondary = Allowed(0);
-        assert_eq!(Controls::new(&capabilities).unwrap_err().feature, "enable EPT");
+        assert_eq!(
+            Controls::new(&capabilities).unwrap_err().feature,
+            "enable EPT"
+        );
     }
 }

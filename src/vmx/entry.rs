@@ -12,9 +12,74 @@
 //!   lower    the handler's stack
 //! ```
 
+use super::vmcs::{Vmcs, host};
 use crate::arch::registers::GeneralRegisters;
+use crate::host::memory::paging::MapError;
+use crate::host::memory::stack::Stack;
 use core::arch::naked_asm;
 use core::mem::offset_of;
+use core::ptr;
+
+/// Pages of a vCPU's stack, the frame at its top included.
+const STACK_PAGES: u64 = 8;
+
+/// Who answers VM exits.
+pub trait Guest {
+    /// Answers one exit, on the vCPU's own stack, with interrupts off.
+    fn exit(&mut self, registers: &mut GeneralRegisters) -> Next;
+}
+
+/// A vCPU's stack with the frame at its top.
+pub struct Entry {
+    stack: Stack,
+}
+
+impl Entry {
+    /// A stack, and the host stack and instruction pointer of `vmcs` for it.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn new(vmcs: &mut Vmcs) -> Result<Self, MapError> {
+        let entry = Self {
+            stack: Stack::new(STACK_PAGES)?,
+        };
+        vmcs.write(
+            host::RSP,
+            entry.frame() as u64 + size_of::<GeneralRegisters>() as u64,
+        );
+        vmcs.write(host::RIP, exit_stub as *const () as u64);
+        Ok(entry)
+    }
+
+    fn frame(&self) -> *mut Frame {
+        (self.stack.top().0 - size_of::<Frame>() as u64) as *mut Frame
+    }
+
+    /// The guest's registers, while it does not run.
+    pub fn registers(&mut self) -> &mut GeneralRegisters {
+        // SAFETY: the frame lies in the stack that `self` owns, zeroed when it was made.
+        unsafe { &mut (*self.frame()).registers }
+    }
+
+    /// Runs the guest whose VMCS is current, until `guest` asks to leave.
+    pub fn run<G: Guest>(&mut self, guest: &mut G) -> Left {
+        let frame = self.frame();
+        // SAFETY: the frame is ours (`registers`). The host part of the VMCS was written by
+        // `new` and `host_state`, which nothing outside `vmx` can change; `guest` outlives the
+        // call, and reaches the handler only while `enter` waits.
+        unsafe {
+            ptr::addr_of_mut!((*frame).handler).write(answer::<G>);
+            ptr::addr_of_mut!((*frame).context).write(ptr::from_mut(guest).cast());
+            enter(frame)
+        }
+    }
+}
+
+extern "C" fn answer<G: Guest>(frame: &mut Frame) -> Next {
+    // SAFETY: `Entry::run` stored a `G` that it borrows until the guest has left.
+    let guest = unsafe { &mut *frame.context.cast::<G>() };
+    guest.exit(&mut frame.registers)
+}
 
 /// What the exit handler wants next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,32 +105,15 @@ pub enum Left {
 
 /// The part of a vCPU that the stubs know.
 #[repr(C, align(16))]
-pub struct Frame {
+struct Frame {
     /// The guest's registers while the host runs.
-    pub registers: GeneralRegisters,
-    /// Called at each VM exit, on this vCPU's stack, with interrupts off.
-    pub handler: extern "C" fn(&mut Frame) -> Next,
+    registers: GeneralRegisters,
+    /// Called at each VM exit.
+    handler: extern "C" fn(&mut Frame) -> Next,
     /// The stack pointer of [`enter`]'s caller.
     run_rsp: u64,
-    /// Whatever the handler needs to find: the vCPU.
-    pub context: *mut (),
-}
-
-impl Frame {
-    /// A frame for `handler`.
-    pub fn new(handler: extern "C" fn(&mut Frame) -> Next, context: *mut ()) -> Self {
-        Self {
-            registers: GeneralRegisters::default(),
-            handler,
-            run_rsp: 0,
-            context,
-        }
-    }
-
-    /// The value for the VMCS's host RSP, given where the frame lies.
-    pub fn host_rsp(frame: *const Self) -> u64 {
-        frame as u64 + size_of::<GeneralRegisters>() as u64
-    }
+    /// The guest of the handler.
+    context: *mut (),
 }
 
 const HANDLER: usize = offset_of!(Frame, handler);
@@ -77,10 +125,10 @@ const RUN_RSP_BEHIND: usize = RUN_RSP - size_of::<GeneralRegisters>();
 ///
 /// # Safety
 /// The current VMCS is complete; its host RIP is [`exit_stub`] and its host
-/// RSP [`Frame::host_rsp`] of `frame`, which lies at the top of a stack that
-/// nothing else uses. Interrupts are off.
+/// RSP the end of the register block of `frame`, which lies at the top of a
+/// stack that nothing else uses. Interrupts are off.
 #[unsafe(naked)]
-pub unsafe extern "C" fn enter(frame: *mut Frame) -> Left {
+unsafe extern "C" fn enter(frame: *mut Frame) -> Left {
     naked_asm!(
         "push rbx",
         "push rbp",
@@ -98,7 +146,7 @@ pub unsafe extern "C" fn enter(frame: *mut Frame) -> Left {
 
 /// Where VM exits land: host RIP.
 #[unsafe(naked)]
-pub unsafe extern "C" fn exit_stub() {
+unsafe extern "C" fn exit_stub() {
     naked_asm!(
         "push r15",
         "push r14",

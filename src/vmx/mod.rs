@@ -1,8 +1,21 @@
-//! vmx: being built.
+//! The architecture of VT-x, and nothing else: no device, no guest policy.
+//!
+//! [`operation`] switches VMX on with the [`controls`] that the
+//! [`capability`] MSRs allow; a [`vmcs`] is built from typed fields; [`entry`]
+//! is the way into the guest and back; [`mod@exit`] decodes why it came back.
+//! [`ept`], [`vpid`], [`bitmap`] and [`memory_type`] are the tables that the
+//! hardware reads; [`check`] and [`error`] say what was wrong when it refuses.
 
 pub mod bitmap;
+pub mod capability;
 pub mod check;
+pub mod controls;
+pub mod entry;
 pub mod ept;
 pub mod error;
+pub mod exit;
+pub mod host_state;
 pub mod memory_type;
+pub mod operation;
+pub mod vmcs;
 pub mod vpid;

@@ -1,7 +1,7 @@
 //! The VMCS: its region, and its fields typed by width and by whether they can
 //! be written, so that a field cannot be misused (SDM 3, chapter 25 and appendix B).
 
-use super::error::VmxError;
+use super::operation::VmxError;
 use crate::addr::Hpa;
 use core::arch::asm;
 use core::marker::PhantomData;
@@ -54,9 +54,9 @@ macro_rules! value {
 value!(u16 u32 u64);
 
 macro_rules! fields {
-    ($(#[$doc:meta])* $module:ident: $area:ident, $access:ident { $($name:ident: $type:ty = $encoding:ident;)* }) => {
+    ($(#[$doc:meta])* $visibility:vis $module:ident: $area:ident, $access:ident { $($name:ident: $type:ty = $encoding:ident;)* }) => {
         $(#[$doc])*
-        pub mod $module {
+        $visibility mod $module {
             use super::{Field, $access};
             use x86::vmx::vmcs::$area as encoding;
             $(pub const $name: Field<$type, $access> = Field::new(encoding::$encoding);)*
@@ -66,7 +66,7 @@ macro_rules! fields {
 
 fields! {
     /// Controls (B.1.1, B.2.1, B.3.1, B.4.1).
-    control: control, ReadWrite {
+    pub control: control, ReadWrite {
         VPID: u16 = VPID;
         IO_BITMAP_A: u64 = IO_BITMAP_A_ADDR_FULL;
         IO_BITMAP_B: u64 = IO_BITMAP_B_ADDR_FULL;
@@ -98,7 +98,7 @@ fields! {
 
 fields! {
     /// Guest state (B.1.2, B.2.3, B.3.3, B.4.3).
-    guest: guest, ReadWrite {
+    pub guest: guest, ReadWrite {
         ES_SELECTOR: u16 = ES_SELECTOR;
         CS_SELECTOR: u16 = CS_SELECTOR;
         SS_SELECTOR: u16 = SS_SELECTOR;
@@ -161,8 +161,8 @@ fields! {
 }
 
 fields! {
-    /// Host state (B.1.3, B.2.4, B.3.4, B.4.4).
-    host: host, ReadWrite {
+    /// Host state (B.1.3, B.2.4, B.3.4, B.4.4), which is nobody's business outside `vmx`.
+    pub(super) host: host, ReadWrite {
         ES_SELECTOR: u16 = ES_SELECTOR;
         CS_SELECTOR: u16 = CS_SELECTOR;
         SS_SELECTOR: u16 = SS_SELECTOR;
@@ -190,7 +190,7 @@ fields! {
 
 fields! {
     /// VM-exit information, read-only (B.2.2, B.3.2, B.4.2).
-    information: ro, ReadOnly {
+    pub information: ro, ReadOnly {
         GUEST_PHYSICAL_ADDRESS: u64 = GUEST_PHYSICAL_ADDR_FULL;
         INSTRUCTION_ERROR: u32 = VM_INSTRUCTION_ERROR;
         EXIT_REASON: u32 = EXIT_REASON;

@@ -1,0 +1,304 @@
+//! VM exits, decoded (SDM 3, 28.2 and appendix C).
+//!
+//! [`Exit::decode`] reads the reason, and of the rest only what that reason
+//! has. The enum is exhaustive: who handles exits handles all of them.
+
+use super::vmcs::{Vmcs, information};
+use crate::addr::{Gpa, Gva};
+
+/// Bit 31 of the exit reason: the entry itself failed.
+const ENTRY_FAILED: u32 = 1 << 31;
+
+/// A VM exit with its decoded qualification.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// An exception that the bitmap names, or an NMI.
+    ExceptionOrNmi(InterruptionInfo),
+    /// A host interrupt; the CPU has acknowledged this vector.
+    ExternalInterrupt(u8),
+    TripleFault,
+    Init,
+    StartUp,
+    InterruptWindow,
+    NmiWindow,
+    TaskSwitch,
+    Cpuid,
+    Hlt,
+    /// INVD, or WBINVD and WBNOINVD.
+    CacheInvalidation,
+    Invlpg,
+    Rdpmc,
+    Vmcall,
+    /// An instruction of VT-x or SMX, which the guest does not have.
+    VmxInstruction,
+    ControlRegister(ControlRegisterAccess),
+    DebugRegister,
+    Io(IoAccess),
+    Rdmsr,
+    Wrmsr,
+    Mwait,
+    Monitor,
+    Pause,
+    /// A CR8 write lowered the virtual TPR below the threshold.
+    TprBelowThreshold,
+    EptViolation(EptViolation),
+    EptMisconfiguration(Gpa),
+    PreemptionTimer,
+    Xsetbv,
+    /// VM entry failed: basic reason 33, 34 or 41, and the qualification.
+    EntryFailure {
+        reason: u32,
+        qualification: u64,
+    },
+    /// A reason of a control that is never switched on, or a new one.
+    Unexpected {
+        reason: u32,
+        qualification: u64,
+    },
+}
+
+/// VM-exit interruption information (25.9.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InterruptionInfo(pub u32);
+
+impl InterruptionInfo {
+    const ERROR_CODE: u32 = 1 << 11;
+    const VALID: u32 = 1 << 31;
+
+    pub const fn vector(self) -> u8 {
+        self.0 as u8
+    }
+
+    pub const fn is_nmi(self) -> bool {
+        self.0 >> 8 & 7 == 2
+    }
+
+    /// Software interrupts and exceptions need the instruction length at injection.
+    pub const fn is_software(self) -> bool {
+        matches!(self.0 >> 8 & 7, 4..=6)
+    }
+
+    pub const fn has_error_code(self) -> bool {
+        self.0 & Self::ERROR_CODE != 0
+    }
+
+    pub const fn is_valid(self) -> bool {
+        self.0 & Self::VALID != 0
+    }
+
+    /// As an event to inject: the bits that both formats share.
+    pub const fn as_entry(self) -> u32 {
+        self.0 & (Self::VALID | 0xfff)
+    }
+
+    /// An external interrupt, to be injected.
+    pub const fn interrupt(vector: u8) -> Self {
+        Self(Self::VALID | vector as u32)
+    }
+
+    pub const NMI: Self = Self(Self::VALID | 2 << 8 | 2);
+
+    /// A hardware exception, to be injected.
+    pub const fn exception(vector: u8, error_code: bool) -> Self {
+        Self(Self::VALID | 3 << 8 | vector as u32 | if error_code { Self::ERROR_CODE } else { 0 })
+    }
+}
+
+/// Table 28-3.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ControlRegisterAccess {
+    /// MOV to CR`register` from general register `source`.
+    Write {
+        register: u8,
+        source: u8,
+    },
+    /// MOV from CR`register` to general register `destination`.
+    Read {
+        register: u8,
+        destination: u8,
+    },
+    Clts,
+    /// LMSW with this source operand.
+    Lmsw(u16),
+}
+
+impl ControlRegisterAccess {
+    const fn decode(qualification: u64) -> Self {
+        let register = (qualification & 15) as u8;
+        let general = (qualification >> 8 & 15) as u8;
+        match qualification >> 4 & 3 {
+            0 => Self::Write {
+                register,
+                source: general,
+            },
+            1 => Self::Read {
+                register,
+                destination: general,
+            },
+            2 => Self::Clts,
+            _ => Self::Lmsw((qualification >> 16) as u16),
+        }
+    }
+}
+
+/// Table 28-5.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IoAccess {
+    pub port: u16,
+    /// 1, 2 or 4.
+    pub bytes: u8,
+    pub input: bool,
+    /// INS or OUTS.
+    pub string: bool,
+    pub repeated: bool,
+}
+
+impl IoAccess {
+    const fn decode(qualification: u64) -> Self {
+        Self {
+            port: (qualification >> 16) as u16,
+            bytes: (qualification & 7) as u8 + 1,
+            input: qualification & 1 << 3 != 0,
+            string: qualification & 1 << 4 != 0,
+            repeated: qualification & 1 << 5 != 0,
+        }
+    }
+}
+
+/// Table 28-7.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EptViolation {
+    pub gpa: Gpa,
+    pub read: bool,
+    pub write: bool,
+    pub execute: bool,
+    /// The linear address that was translated, where there was one.
+    pub linear: Option<Gva>,
+    /// The access was to what the linear address translates to, not to a paging structure.
+    pub final_access: bool,
+}
+
+impl EptViolation {
+    fn decode(vmcs: &Vmcs) -> Self {
+        let qualification = vmcs.read(information::EXIT_QUALIFICATION);
+        let linear = qualification & 1 << 7 != 0;
+        Self {
+            gpa: Gpa(vmcs.read(information::GUEST_PHYSICAL_ADDRESS)),
+            read: qualification & 1 != 0,
+            write: qualification & 2 != 0,
+            execute: qualification & 4 != 0,
+            linear: linear.then(|| Gva(vmcs.read(information::GUEST_LINEAR_ADDRESS))),
+            final_access: linear && qualification & 1 << 8 != 0,
+        }
+    }
+}
+
+impl Exit {
+    /// The exit that just happened.
+    #[inline(always)]
+    pub fn decode(vmcs: &Vmcs) -> Self {
+        let reason = vmcs.read(information::EXIT_REASON);
+        let qualification = || vmcs.read(information::EXIT_QUALIFICATION);
+        let interruption = || InterruptionInfo(vmcs.read(information::INTERRUPTION_INFO));
+        if reason & ENTRY_FAILED != 0 {
+            return Self::EntryFailure {
+                reason: reason & 0xffff,
+                qualification: qualification(),
+            };
+        }
+        match reason & 0xffff {
+            0 => Self::ExceptionOrNmi(interruption()),
+            1 => Self::ExternalInterrupt(interruption().vector()),
+            2 => Self::TripleFault,
+            3 => Self::Init,
+            4 => Self::StartUp,
+            7 => Self::InterruptWindow,
+            8 => Self::NmiWindow,
+            9 => Self::TaskSwitch,
+            10 => Self::Cpuid,
+            12 => Self::Hlt,
+            13 | 54 => Self::CacheInvalidation,
+            14 => Self::Invlpg,
+            15 => Self::Rdpmc,
+            18 => Self::Vmcall,
+            11 | 17 | 19..=27 | 50 | 53 | 59 => Self::VmxInstruction,
+            28 => Self::ControlRegister(ControlRegisterAccess::decode(qualification())),
+            29 => Self::DebugRegister,
+            30 => Self::Io(IoAccess::decode(qualification())),
+            31 => Self::Rdmsr,
+            32 => Self::Wrmsr,
+            36 => Self::Mwait,
+            39 => Self::Monitor,
+            40 => Self::Pause,
+            43 => Self::TprBelowThreshold,
+            48 => Self::EptViolation(EptViolation::decode(vmcs)),
+            49 => Self::EptMisconfiguration(Gpa(vmcs.read(information::GUEST_PHYSICAL_ADDRESS))),
+            52 => Self::PreemptionTimer,
+            55 => Self::Xsetbv,
+            reason => Self::Unexpected {
+                reason,
+                qualification: qualification(),
+            },
+        }
+    }
+}
+
+/// How many basic exit reasons are counted one by one.
+pub const REASONS: usize = 80;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn qualifications_of_the_manual() {
+        // OUT DX, AL to 0x3f8.
+        assert_eq!(
+            IoAccess::decode(0x03f8_0000),
+            IoAccess {
+                port: 0x3f8,
+                bytes: 1,
+                input: false,
+                string: false,
+                repeated: false
+            }
+        );
+        // REP INSD from 0x1f0.
+        assert_eq!(
+            IoAccess::decode(0x01f0_003b),
+            IoAccess {
+                port: 0x1f0,
+                bytes: 4,
+                input: true,
+                string: true,
+                repeated: true
+            }
+        );
+        assert_eq!(
+            ControlRegisterAccess::decode(0x0300),
+            ControlRegisterAccess::Write {
+                register: 0,
+                source: 3
+            }
+        );
+        assert_eq!(
+            ControlRegisterAccess::decode(0x0118),
+            ControlRegisterAccess::Read {
+                register: 8,
+                destination: 1
+            }
+        );
+        assert_eq!(
+            ControlRegisterAccess::decode(0x0001_0030),
+            ControlRegisterAccess::Lmsw(1)
+        );
+    }
+
+    #[test]
+    fn events_to_inject() {
+        assert_eq!(InterruptionInfo::exception(13, true).0, 0x8000_0b0d);
+        assert_eq!(InterruptionInfo::interrupt(0x20).0, 0x8000_0020);
+        assert_eq!(InterruptionInfo::NMI.0, 0x8000_0202);
+        assert!(InterruptionInfo::NMI.is_nmi());
+    }
+}
