@@ -2,7 +2,7 @@
 
 use super::{Machine, MachineConfig, Platform, bound_command, last_words};
 use crate::image::{CYLINDER, HEADS, SECTORS};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
@@ -37,26 +37,25 @@ impl Platform for Bochs {
 
     fn start(&self, config: &MachineConfig) -> Result<Machine> {
         let debugger = self.has_debugger()?;
-        let mut reason = anyhow::anyhow!("no display");
         for display in DISPLAYS {
-            match Machine::start(config, |port| self.command(config, display, debugger, port)) {
+            let error = match Machine::start(config, |port| {
+                self.command(config, display, debugger, port)
+            }) {
                 Ok(machine) => return Ok(machine),
-                Err(error) => reason = error,
-            }
-            let words = last_words(&config.log(), |line| {
-                line.contains("PANIC") || line.contains(">>") || line.contains("error")
-            });
-            if !words.contains("display") && !words.contains("plugin") && !words.contains("rfb") {
-                return Err(reason.context(format!(
+                Err(error) => error,
+            };
+            let words = last_words(&config.log(), |line| line.contains("PANIC"));
+            if !(words.contains("display library") && words.contains("not available")) {
+                return Err(error.context(format!(
                     "Bochs ({}) does not start: {words}",
                     self.program.display()
                 )));
             }
         }
-        Err(reason.context(format!(
-            "Bochs ({}) has none of the displays rfb and nogui",
+        bail!(
+            "Bochs ({}) has none of the displays that need no screen, rfb and nogui",
             self.program.display()
-        )))
+        )
     }
 }
 
@@ -126,5 +125,61 @@ impl Bochs {
             disk_path = config.disk.display(),
             cylinders = disk.len() / CYLINDER,
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::os::unix::fs::PermissionsExt;
+
+    /// A Bochs of which only the start is real: it has `display`, connects its
+    /// serial port and sends a word.
+    const FAKE: &str = r#"#!/bin/bash
+[ "$1" = --help ] && exit
+[ "$*" = "-q -f $3" ] || { echo ">>PANIC<< unexpected $*"; exit 1; }
+display=$(sed -n 's/display_library: \([a-z]*\).*/\1/p' $3)
+[ $display = DISPLAY ] || { echo ">>PANIC<< $3:9: display library '$display' not available"; exit 1; }
+port=$(sed -n 's/^com1: .*dev=127.0.0.1://p' $3)
+exec 3<>/dev/tcp/127.0.0.1/$port
+echo hello >&3
+"#;
+
+    fn start(name: &str, display: &str) -> Result<String> {
+        let folder =
+            std::env::temp_dir().join(format!("vireo-bochs-{name}-{}", std::process::id()));
+        fs::create_dir_all(&folder)?;
+        let program = folder.join("bochs");
+        fs::write(&program, FAKE.replace("DISPLAY", display))?;
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+        let disk = folder.join("disk.img");
+        fs::write(&disk, vec![0; CYLINDER as usize])?;
+        let bochs = Bochs {
+            program,
+            environment: Vec::new(),
+            firmware: disk.clone(),
+            vga_bios: disk.clone(),
+        };
+        let result = bochs
+            .start(&MachineConfig::new(&disk, &folder, 1))
+            .and_then(|machine| {
+                let mut word = String::new();
+                machine.serial().read_to_string(&mut word)?;
+                Ok(word)
+            });
+        fs::remove_dir_all(folder)?;
+        result
+    }
+
+    #[test]
+    fn a_build_without_rfb_and_debugger_starts_too() {
+        assert_eq!(start("nogui", "nogui").unwrap(), "hello\n");
+    }
+
+    #[test]
+    fn a_build_without_a_display_is_reported() {
+        let error = start("none", "x11").unwrap_err();
+        assert!(error.to_string().contains("rfb and nogui"), "{error:#}");
     }
 }
