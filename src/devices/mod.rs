@@ -10,6 +10,7 @@ pub mod chipset;
 pub mod clock;
 pub mod fifo;
 pub mod i8042;
+pub mod ioapic;
 pub mod line;
 pub mod message;
 pub mod pc;
