@@ -12,6 +12,7 @@ pub mod fifo;
 pub mod i8042;
 pub mod ioapic;
 pub mod line;
+pub mod local_apic;
 pub mod message;
 pub mod pc;
 pub mod pci;

@@ -1,0 +1,259 @@
+use super::*;
+use crate::devices::{DeliveryMode, Trigger};
+use proptest::prelude::*;
+
+const HZ: u64 = 1_000_000_000;
+const NOW: Ticks = Ticks(1000);
+
+fn chipset() -> Chipset {
+    Chipset::new(
+        Clock::new(HZ),
+        NOW,
+        &ChipsetConfig {
+            wall_clock: 1_735_689_598,
+            ram_below_4g: 1 << 30,
+            ram_above_4g: 0,
+            io_apic_id: 1,
+        },
+    )
+}
+
+fn write(chipset: &mut Chipset, now: Ticks, writes: &[(u16, u8)]) {
+    for &(port, value) in writes {
+        assert_eq!(
+            chipset.port_write(now, port, Width::Byte, value.into()),
+            None
+        );
+    }
+}
+
+/// The 8259s as Linux programs them, with every input open.
+const PICS: [(u16, u8); 10] = [
+    (0x20, 0x11),
+    (0x21, 0x30),
+    (0x21, 0x04),
+    (0x21, 0x01),
+    (0xa0, 0x11),
+    (0xa1, 0x38),
+    (0xa1, 0x02),
+    (0xa1, 0x01),
+    (0x21, 0x00),
+    (0xa1, 0x00),
+];
+
+fn redirect(chipset: &mut Chipset, pin: u64, low: u64) {
+    chipset.io_apic_write(NOW, 0, Width::Dword, 0x11 + 2 * pin);
+    chipset.io_apic_write(NOW, 0x10, Width::Dword, 0);
+    chipset.io_apic_write(NOW, 0, Width::Dword, 0x10 + 2 * pin);
+    chipset.io_apic_write(NOW, 0x10, Width::Dword, low);
+}
+
+/// Channel 0 at 1 kHz.
+const TIMER: [(u16, u8); 3] = [(0x43, 0x34), (0x40, 0xa9), (0x40, 0x04)];
+
+#[test]
+fn the_timer_reaches_the_8259_as_input_0() {
+    let mut chipset = chipset();
+    write(&mut chipset, NOW, &PICS);
+    write(&mut chipset, NOW, &TIMER);
+    assert!(!chipset.intr());
+    for _ in 0..3 {
+        let deadline = chipset.deadline().unwrap();
+        chipset.advance(deadline);
+        assert!(chipset.intr());
+        assert_eq!(chipset.acknowledge_pic(), 0x30);
+        write(&mut chipset, deadline, &[(0x20, 0x20)]);
+        assert!(!chipset.intr());
+    }
+}
+
+#[test]
+fn the_timer_reaches_the_io_apic_at_pin_2() {
+    let mut chipset = chipset();
+    redirect(&mut chipset, 2, 0x41);
+    write(&mut chipset, NOW, &TIMER);
+    assert_eq!(chipset.take_message(), None);
+    chipset.advance(chipset.deadline().unwrap());
+    let message = chipset.take_message().unwrap();
+    assert_eq!((message.vector, message.trigger), (0x41, Trigger::Edge));
+    assert_eq!(chipset.take_message(), None);
+    // A second without a look is one interrupt.
+    chipset.advance(Ticks(NOW.0 + HZ));
+    assert!(chipset.take_message().is_some());
+    assert_eq!(chipset.take_message(), None);
+}
+
+#[test]
+fn intr_reaches_pin_0_as_extint() {
+    let mut chipset = chipset();
+    redirect(&mut chipset, 0, 0x700);
+    write(&mut chipset, NOW, &PICS);
+    // COM1: OUT2 and the transmitter's interrupt. Then the keyboard controller's.
+    write(
+        &mut chipset,
+        NOW,
+        &[(0x3fc, 0x08), (0x3f9, 0x02), (0x64, 0x60), (0x60, 0x45)],
+    );
+    assert_eq!(
+        chipset.take_message().map(|message| message.mode),
+        Some(DeliveryMode::ExtInt)
+    );
+    write(&mut chipset, NOW, &[(0x64, 0xaa)]);
+    assert_eq!(chipset.take_message(), None);
+    assert_eq!(chipset.acknowledge_pic(), 0x31);
+    write(&mut chipset, NOW, &[(0x20, 0x20)]);
+    assert!(chipset.take_message().is_some());
+    assert_eq!(chipset.acknowledge_pic(), 0x34);
+}
+
+#[test]
+fn the_sci_is_a_level_until_it_is_served() {
+    let mut chipset = chipset();
+    redirect(&mut chipset, 9, 0x8050);
+    write(&mut chipset, NOW, &PICS);
+    write(
+        &mut chipset,
+        NOW,
+        &[(pc::SMI_COMMAND, pc::ACPI_ENABLE), (0x603, 0x01)],
+    );
+    chipset.press_power_button();
+    assert!(chipset.intr());
+    assert_eq!(
+        chipset.take_message().map(|message| message.trigger),
+        Some(Trigger::Level)
+    );
+    chipset.eoi(0x50);
+    assert!(chipset.take_message().is_some(), "nobody served it");
+    chipset.port_write(NOW, pc::PM1A_EVENT, Width::Word, 0x100);
+    assert!(!chipset.intr());
+    chipset.eoi(0x50);
+    assert_eq!(chipset.take_message(), None);
+}
+
+#[test]
+fn com1_talks_both_ways() {
+    let mut chipset = chipset();
+    write(&mut chipset, NOW, &PICS);
+    write(
+        &mut chipset,
+        NOW,
+        &[
+            (0x3fa, 0x01),
+            (0x3fc, 0x08),
+            (0x3f9, 0x01),
+            (0x3f8, b'h'),
+            (0x3f8, b'i'),
+        ],
+    );
+    assert_eq!(chipset.serial_output(), Some(b'h'));
+    assert_eq!(chipset.serial_output(), Some(b'i'));
+    assert_eq!(chipset.serial_output(), None);
+    assert!(chipset.serial_input(NOW, b'x'));
+    assert_eq!(chipset.acknowledge_pic(), 0x34);
+    assert_eq!(chipset.port_read(NOW, 0x3f8, Width::Byte), u32::from(b'x'));
+}
+
+#[test]
+fn ways_to_end() {
+    let now = NOW;
+    for (writes, last, request) in [
+        (&[][..], (0x64, 0xfe), Request::Reset),
+        (
+            &[(0xcf9, 0x02)][..],
+            (0xcf9, pc::RESET_VALUE),
+            Request::Reset,
+        ),
+        (&[(0x92, 0x02)][..], (0x92, 0x03), Request::Reset),
+        (
+            &[][..],
+            (0x605, 0x20 | pc::S5_SLEEP_TYPE << 2),
+            Request::PowerOff,
+        ),
+    ] {
+        let mut chipset = chipset();
+        write(&mut chipset, now, writes);
+        let (port, value) = last;
+        assert_eq!(
+            chipset.port_write(now, port, Width::Byte, value.into()),
+            Some(request)
+        );
+    }
+}
+
+#[test]
+fn where_nobody_is() {
+    let mut chipset = chipset();
+    assert_eq!(chipset.port_read(NOW, 0x1234, Width::Byte), 0xff);
+    assert_eq!(chipset.port_read(NOW, 0xffff, Width::Dword), 0xffff_ffff);
+    assert_eq!(chipset.port_write(NOW, 0x2e8, Width::Word, 5), None);
+    assert_eq!(chipset.unclaimed(), 3);
+    // An empty PCI slot is not unclaimed: the host bridge answered.
+    chipset.port_write(NOW, 0xcf8, Width::Dword, 0x8000_0000);
+    assert_eq!(chipset.port_read(NOW, 0xcf8, Width::Dword), 0x8000_0000);
+    assert_eq!(chipset.port_read(NOW, 0xcfe, Width::Word), 0xffff);
+    assert_eq!(chipset.unclaimed(), 3);
+}
+
+#[test]
+fn wide_accesses_are_split_as_on_the_isa_bus() {
+    let mut chipset = chipset();
+    // OUT 0x70, AX: index and data.
+    chipset.port_write(NOW, 0x70, Width::Word, 0x5a7f);
+    assert_eq!(chipset.port_read(NOW, 0x71, Width::Byte), 0x5a);
+    assert_eq!(chipset.port_read(NOW, 0x70, Width::Word), 0x5aff);
+    // 0x92 answers, 0x93 does not.
+    assert_eq!(chipset.port_read(NOW, 0x92, Width::Word), 0xff02);
+    assert_eq!(chipset.unclaimed(), 0);
+}
+
+/// Linux's calibration: gate of channel 2 on, mode 0, poll bit 5 of port 0x61.
+#[test]
+fn channel_2_is_seen_in_port_0x61() {
+    let mut chipset = chipset();
+    let control = chipset.port_read(NOW, 0x61, Width::Byte) as u8;
+    write(
+        &mut chipset,
+        NOW,
+        &[
+            (0x61, control & !2 | 1),
+            (0x43, 0xb0),
+            (0x42, 0x9b),
+            (0x42, 0x2e),
+        ],
+    );
+    let mut now = NOW;
+    while chipset.port_read(now, 0x61, Width::Byte) & 0x20 == 0 {
+        now.0 += 1000;
+    }
+    assert!((now.0 - NOW.0).abs_diff(HZ / 100) < 3000);
+}
+
+const PORTS: [u16; 20] = [
+    0x20, 0x21, 0xa0, 0x40, 0x42, 0x43, 0x60, 0x61, 0x64, 0x70, 0x71, 0x92, 0x3f8, 0x3f9, 0x3fa,
+    0x3fb, 0x3fc, 0x600, 0x602, 0xcf8,
+];
+
+proptest! {
+    #[test]
+    fn nothing_a_guest_does_goes_wrong(
+        steps in prop::collection::vec((0..8u8, prop_oneof![prop::sample::select(&PORTS[..]), any::<u16>()], 0..3u8, any::<u32>(), prop_oneof![0..1000u64, 0..1u64 << 50]), 0..150),
+    ) {
+        let mut chipset = chipset();
+        let mut now = NOW;
+        for (what, port, width, value, pause) in steps {
+            now = Ticks(now.0 + pause);
+            let width = Width::from_bytes(1 << width).unwrap();
+            match what {
+                0..=2 => { chipset.port_write(now, port, width, value); }
+                3 | 4 => prop_assert!(u64::from(chipset.port_read(now, port, width)) <= width.mask()),
+                5 => { chipset.serial_input(now, value as u8); }
+                6 => { chipset.acknowledge_pic(); }
+                _ => chipset.io_apic_write(now, u64::from(port & 0x1f), width, value.into()),
+            }
+            while chipset.serial_output().is_some() {}
+            while chipset.take_message().is_some() {}
+            chipset.advance(now);
+            prop_assert!(chipset.deadline().is_none_or(|t| t > now));
+        }
+    }
+}
