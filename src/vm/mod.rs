@@ -1,1 +1,6 @@
-//! vm: being built.
+//! One guest: its memory, how it boots, and the tables that it is shown.
+
+pub mod boot;
+pub mod memory;
+pub mod memory_map;
+pub mod slots;

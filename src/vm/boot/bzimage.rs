@@ -1,0 +1,412 @@
+//! The 64-bit Linux boot protocol (Linux, `Documentation/arch/x86/boot.rst`).
+//!
+//! ```text
+//! 0x1000     GDT
+//! 0x2000     boot parameters ("zero page")
+//! 0x3000     page tables: one PML4, one PDPT, four page directories of 2 MiB pages
+//! 0x10000    command line
+//! kernel     at its preferred address
+//! initrd     as high as the kernel allows
+//! ```
+
+use super::{BootError, EntryMode, EntryState};
+use crate::addr::Gpa;
+use crate::vm::memory::{GuestMemory, OutOfSlot};
+use crate::vm::memory_map::MemoryMap;
+
+const GDT: Gpa = Gpa(0x1000);
+const BOOT_PARAMETERS: Gpa = Gpa(0x2000);
+const PAGE_TABLES: Gpa = Gpa(0x3000);
+const COMMAND_LINE: Gpa = Gpa(0x1_0000);
+/// The stack is the kernel's own matter; it starts with one below its parameters.
+const STACK: u64 = 0x1000;
+
+const CODE_SELECTOR: u16 = 0x10;
+const DATA_SELECTOR: u16 = 0x18;
+/// Null, null, 64-bit code, data: the selectors that the protocol names.
+const GDT_ENTRIES: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+
+/// Offsets in the set-up header, the same in the image and in the boot parameters.
+mod header {
+    pub const SETUP_SECTORS: usize = 0x1f1;
+    pub const SYSTEM_SIZE: usize = 0x1f4;
+    pub const BOOT_FLAG: usize = 0x1fe;
+    pub const JUMP_LENGTH: usize = 0x201;
+    pub const MAGIC: usize = 0x202;
+    pub const VERSION: usize = 0x206;
+    pub const TYPE_OF_LOADER: usize = 0x210;
+    pub const LOAD_FLAGS: usize = 0x211;
+    pub const RAMDISK_IMAGE: usize = 0x218;
+    pub const RAMDISK_SIZE: usize = 0x21c;
+    pub const HEAP_END: usize = 0x224;
+    pub const COMMAND_LINE: usize = 0x228;
+    pub const INITRD_MAX: usize = 0x22c;
+    pub const XLOADFLAGS: usize = 0x236;
+    pub const COMMAND_LINE_SIZE: usize = 0x238;
+    pub const PREFERRED_ADDRESS: usize = 0x258;
+    pub const INIT_SIZE: usize = 0x260;
+}
+
+/// Offsets in the boot parameters outside the header.
+mod parameters {
+    pub const ACPI_RSDP: usize = 0x70;
+    pub const E820_ENTRIES: usize = 0x1e8;
+    pub const E820_TABLE: usize = 0x2d0;
+    pub const E820_ENTRY: usize = 20;
+}
+
+const HEADER_START: usize = 0x1f1;
+/// Longest header that fits between its start and the E820 table.
+const HEADER_END_LIMIT: usize = 0x290;
+const VERSION_2_12: u16 = 0x020c;
+const XLF_KERNEL_64: u16 = 1;
+const CAN_USE_HEAP: u8 = 0x80;
+const UNASSIGNED_LOADER: u8 = 0xff;
+/// The 64-bit entry point, from the start of the loaded kernel.
+const ENTRY_64: u64 = 0x200;
+
+fn bytes<const N: usize>(image: &[u8], offset: usize) -> Result<[u8; N], BootError> {
+    image
+        .get(offset..offset + N)
+        .and_then(|bytes| bytes.try_into().ok())
+        .ok_or(BootError::NotAKernel)
+}
+
+fn word(image: &[u8], offset: usize) -> Result<u16, BootError> {
+    bytes(image, offset).map(u16::from_le_bytes)
+}
+
+fn dword(image: &[u8], offset: usize) -> Result<u32, BootError> {
+    bytes(image, offset).map(u32::from_le_bytes)
+}
+
+/// What of the header decides where things go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Header {
+    /// First byte of the part that is loaded.
+    payload: usize,
+    /// One past the header in the image.
+    end: usize,
+    preferred_address: u64,
+    init_size: u64,
+    initrd_max: u64,
+    command_line_size: usize,
+}
+
+impl Header {
+    fn read(image: &[u8]) -> Result<Self, BootError> {
+        if word(image, header::BOOT_FLAG)? != 0xaa55 || bytes(image, header::MAGIC)? != *b"HdrS" {
+            return Err(BootError::NotAKernel);
+        }
+        let version = word(image, header::VERSION)?;
+        if version < VERSION_2_12 {
+            return Err(BootError::OldProtocol { version });
+        }
+        if word(image, header::XLOADFLAGS)? & XLF_KERNEL_64 == 0 {
+            return Err(BootError::Only32Bit);
+        }
+        // 0 means 4, for old kernels.
+        let [sectors] = bytes(image, header::SETUP_SECTORS)?;
+        let sectors = if sectors == 0 { 4 } else { sectors };
+        let payload = (usize::from(sectors) + 1) * 512;
+        // In paragraphs of 16 bytes.
+        let size = u64::from(dword(image, header::SYSTEM_SIZE)?) * 16;
+        // The checksum may stand behind the last whole paragraph; what is promised must be there.
+        let need = payload as u64 + size;
+        let have = image.len() as u64;
+        if have + 15 < need || payload >= image.len() {
+            return Err(BootError::Truncated { need, have });
+        }
+        let [length] = bytes(image, header::JUMP_LENGTH)?;
+        Ok(Self {
+            payload,
+            end: (header::MAGIC + usize::from(length)).min(HEADER_END_LIMIT),
+            preferred_address: u64::from_le_bytes(bytes(image, header::PREFERRED_ADDRESS)?),
+            init_size: dword(image, header::INIT_SIZE)?.into(),
+            initrd_max: dword(image, header::INITRD_MAX)?.into(),
+            command_line_size: dword(image, header::COMMAND_LINE_SIZE)? as usize,
+        })
+    }
+}
+
+/// Loads a bzImage with a 64-bit entry point.
+///
+/// # Errors
+/// Why the image cannot be booted in this guest.
+pub fn load(
+    image: &[u8],
+    initrd: Option<&[u8]>,
+    cmdline: &str,
+    memory: &GuestMemory,
+    map: &MemoryMap,
+    rsdp: Gpa,
+) -> Result<EntryState, BootError> {
+    let header = Header::read(image)?;
+    let ram_end = map.ram_below_4g();
+    let payload = image.get(header.payload..).unwrap_or_default();
+
+    let start = Gpa(header.preferred_address);
+    // The kernel unpacks itself in `init_size` bytes from where it runs.
+    let room = header.init_size.max(payload.len() as u64);
+    let kernel_end = start.checked_add(room).unwrap_or(Gpa(u64::MAX)).0;
+    if kernel_end > ram_end {
+        return Err(BootError::TooLittleMemory {
+            need: kernel_end,
+            have: ram_end,
+        });
+    }
+    memory.write(start, payload)?;
+
+    if cmdline.len() > header.command_line_size.min(0xffff) {
+        return Err(BootError::CommandLineTooLong {
+            len: cmdline.len(),
+            limit: header.command_line_size,
+        });
+    }
+    memory.write(COMMAND_LINE, cmdline.as_bytes())?;
+    memory.write(Gpa(COMMAND_LINE.0 + cmdline.len() as u64), &[0])?;
+
+    let initrd_at = match initrd {
+        None => None,
+        Some(initrd) => Some(place_initrd(
+            initrd,
+            kernel_end,
+            ram_end,
+            header.initrd_max,
+            memory,
+        )?),
+    };
+    write_parameters(image, &header, initrd_at, memory, map, rsdp)?;
+    for (gpa, entry) in (GDT.0..).step_by(8).zip(GDT_ENTRIES) {
+        memory.write(Gpa(gpa), &entry.to_le_bytes())?;
+    }
+    let cr3 = write_identity_map(memory)?;
+    Ok(EntryState {
+        mode: EntryMode::Long64 { cr3 },
+        rip: start.0 + ENTRY_64,
+        rsp: STACK,
+        rsi: BOOT_PARAMETERS.0,
+        rbx: 0,
+        gdt_base: GDT,
+        gdt_limit: (GDT_ENTRIES.len() * 8 - 1) as u16,
+        code_selector: CODE_SELECTOR,
+        data_selector: DATA_SELECTOR,
+    })
+}
+
+/// As high as it may be, above the kernel; its address and length.
+fn place_initrd(
+    initrd: &[u8],
+    kernel_end: u64,
+    ram_end: u64,
+    limit: u64,
+    memory: &GuestMemory,
+) -> Result<(u32, u32), BootError> {
+    let size = initrd.len() as u64;
+    let end = ram_end.min(limit.saturating_add(1));
+    let room = end.saturating_sub(kernel_end);
+    let start = Gpa(end.saturating_sub(size)).align_down(4096);
+    if size > room || start.0 < kernel_end {
+        return Err(BootError::InitrdTooLarge { size, room });
+    }
+    memory.write(start, initrd)?;
+    // Below 4 GiB, since RAM there ends lower.
+    Ok((start.0 as u32, size as u32))
+}
+
+fn write_parameters(
+    image: &[u8],
+    header: &Header,
+    initrd: Option<(u32, u32)>,
+    memory: &GuestMemory,
+    map: &MemoryMap,
+    rsdp: Gpa,
+) -> Result<(), BootError> {
+    let at = |offset: usize| Gpa(BOOT_PARAMETERS.0 + offset as u64);
+    memory.fill(BOOT_PARAMETERS, 4096, 0)?;
+    let own = image.get(HEADER_START..header.end).unwrap_or_default();
+    memory.write(at(HEADER_START), own)?;
+    memory.write(at(header::TYPE_OF_LOADER), &[UNASSIGNED_LOADER])?;
+    let [flags] = bytes(image, header::LOAD_FLAGS)?;
+    memory.write(at(header::LOAD_FLAGS), &[flags & !CAN_USE_HEAP])?;
+    memory.write(at(header::HEAP_END), &[0; 2])?;
+    memory.write(
+        at(header::COMMAND_LINE),
+        &(COMMAND_LINE.0 as u32).to_le_bytes(),
+    )?;
+    if let Some((start, size)) = initrd {
+        memory.write(at(header::RAMDISK_IMAGE), &start.to_le_bytes())?;
+        memory.write(at(header::RAMDISK_SIZE), &size.to_le_bytes())?;
+    }
+    memory.write(at(parameters::ACPI_RSDP), &rsdp.0.to_le_bytes())?;
+    let ranges = map.ranges();
+    memory.write(at(parameters::E820_ENTRIES), &[ranges.len() as u8])?;
+    for (index, range) in ranges.iter().enumerate() {
+        let entry = parameters::E820_TABLE + index * parameters::E820_ENTRY;
+        memory.write(at(entry), &range.start.0.to_le_bytes())?;
+        memory.write(at(entry + 8), &range.len.to_le_bytes())?;
+        memory.write(at(entry + 16), &(range.kind as u32).to_le_bytes())?;
+    }
+    Ok(())
+}
+
+/// Page tables that map the first 4 GiB to themselves; their root.
+fn write_identity_map(memory: &GuestMemory) -> Result<Gpa, OutOfSlot> {
+    const TABLE: u64 = 0x1000;
+    const PRESENT_WRITABLE: u64 = 3;
+    const LARGE: u64 = 1 << 7;
+    let root = PAGE_TABLES;
+    let pointers = Gpa(root.0 + TABLE);
+    memory.fill(root, 2 * TABLE, 0)?;
+    memory.write(root, &(pointers.0 | PRESENT_WRITABLE).to_le_bytes())?;
+    for gigabyte in 0..4 {
+        let directory = pointers.0 + TABLE * (1 + gigabyte);
+        memory.write(
+            Gpa(pointers.0 + 8 * gigabyte),
+            &(directory | PRESENT_WRITABLE).to_le_bytes(),
+        )?;
+        for page in 0..512 {
+            let address = gigabyte << 30 | page << 21;
+            memory.write(
+                Gpa(directory + 8 * page),
+                &(address | PRESENT_WRITABLE | LARGE).to_le_bytes(),
+            )?;
+        }
+    }
+    Ok(root)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::Hpa;
+
+    const RAM: usize = 8 << 20;
+
+    fn image() -> Vec<u8> {
+        let mut image = vec![0u8; 512 * 3 + 64];
+        image[header::SETUP_SECTORS] = 2;
+        image[header::SYSTEM_SIZE..][..4].copy_from_slice(&4u32.to_le_bytes());
+        image[header::BOOT_FLAG..][..2].copy_from_slice(&[0x55, 0xaa]);
+        image[header::JUMP_LENGTH] = 0x6a;
+        image[header::MAGIC..][..4].copy_from_slice(b"HdrS");
+        image[header::VERSION..][..2].copy_from_slice(&0x20fu16.to_le_bytes());
+        image[header::XLOADFLAGS] = 1;
+        image[header::LOAD_FLAGS] = 0x81;
+        image[header::INITRD_MAX..][..4].copy_from_slice(&0x7fff_ffffu32.to_le_bytes());
+        image[header::COMMAND_LINE_SIZE..][..4].copy_from_slice(&2047u32.to_le_bytes());
+        image[header::PREFERRED_ADDRESS..][..8].copy_from_slice(&0x10_0000u64.to_le_bytes());
+        image[header::INIT_SIZE..][..4].copy_from_slice(&0x20_0000u32.to_le_bytes());
+        image[512 * 3..].fill(0xab);
+        image
+    }
+
+    struct Guest {
+        ram: Vec<u8>,
+    }
+
+    impl Guest {
+        fn load(
+            &mut self,
+            image: &[u8],
+            initrd: Option<&[u8]>,
+            cmdline: &str,
+        ) -> Result<EntryState, BootError> {
+            let block = self.ram.as_mut_ptr() as u64;
+            let map = MemoryMap::new(Hpa(block), self.ram.len() as u64);
+            let memory = GuestMemory::new(map.slots(), 0);
+            load(image, initrd, cmdline, &memory, &map, Gpa(0xe_0000))
+        }
+
+        fn at<const N: usize>(&self, gpa: usize) -> [u8; N] {
+            self.ram[gpa..gpa + N].try_into().unwrap()
+        }
+    }
+
+    fn guest() -> Guest {
+        Guest { ram: vec![0; RAM] }
+    }
+
+    #[test]
+    fn kernel_initrd_and_parameters_are_where_the_protocol_says() {
+        let mut guest = guest();
+        let initrd = vec![0xcd; 5000];
+        let entry = guest.load(&image(), Some(&initrd), "quiet").unwrap();
+        assert_eq!(entry.rip, 0x10_0200);
+        assert_eq!(guest.at(0x10_0000), [0xab; 64]);
+        let zero = entry.rsi as usize;
+        assert_eq!(guest.at(zero + header::MAGIC), *b"HdrS");
+        assert_eq!(guest.at(zero + header::TYPE_OF_LOADER), [0xff, 0x01]);
+        let line = u32::from_le_bytes(guest.at(zero + header::COMMAND_LINE)) as usize;
+        assert_eq!(guest.at(line), *b"quiet\0");
+        let at = u32::from_le_bytes(guest.at(zero + header::RAMDISK_IMAGE)) as usize;
+        assert_eq!(at % 4096, 0);
+        assert!(at + 5000 <= RAM && at >= 0x30_0000);
+        assert_eq!(guest.ram[at..at + 5000], initrd[..]);
+        assert_eq!(u64::from_le_bytes(guest.at(zero + 0x70)), 0xe_0000);
+        assert_eq!(guest.ram[zero + 0x1e8], 3);
+        assert_eq!(guest.ram[zero + 0x2d0 + 16], 1);
+    }
+
+    #[test]
+    fn the_page_tables_map_four_gigabytes_to_themselves() {
+        let mut guest = guest();
+        let EntryMode::Long64 { cr3 } = guest.load(&image(), None, "").unwrap().mode else {
+            panic!("not long mode");
+        };
+        let entry =
+            |table: u64, index: usize| u64::from_le_bytes(guest.at(table as usize + 8 * index));
+        let pointers = entry(cr3.0, 0) & !0xfff;
+        for (gigabyte, page) in [(0, 0), (1, 511), (3, 511)] {
+            let directory = entry(pointers, gigabyte) & !0xfff;
+            let expected = (gigabyte as u64) << 30 | (page as u64) << 21;
+            assert_eq!(entry(directory, page), expected | 0x83);
+        }
+    }
+
+    #[test]
+    fn what_cannot_boot_is_named() {
+        let mut guest = guest();
+        let mut load = |image: &[u8], initrd: Option<&[u8]>, line: &str| {
+            guest.load(image, initrd, line).unwrap_err()
+        };
+        assert_eq!(load(b"#!/bin/sh", None, ""), BootError::NotAKernel);
+        assert_eq!(load(&[0; 4096], None, ""), BootError::NotAKernel);
+        let good = image();
+        assert_eq!(
+            load(&good[..512 * 3 + 10], None, ""),
+            BootError::Truncated {
+                need: 1600,
+                have: 1546
+            }
+        );
+        let mut old = good.clone();
+        old[header::VERSION] = 0x0b;
+        assert_eq!(
+            load(&old, None, ""),
+            BootError::OldProtocol { version: 0x20b }
+        );
+        let mut narrow = good.clone();
+        narrow[header::XLOADFLAGS] = 0;
+        assert_eq!(load(&narrow, None, ""), BootError::Only32Bit);
+        let mut large = good.clone();
+        large[header::INIT_SIZE + 3] = 1;
+        assert!(matches!(
+            load(&large, None, ""),
+            BootError::TooLittleMemory { .. }
+        ));
+        let initrd = vec![0; 6 << 20];
+        assert_eq!(
+            load(&good, Some(&initrd), ""),
+            BootError::InitrdTooLarge {
+                size: 6 << 20,
+                room: 5 << 20
+            }
+        );
+        let line = "x".repeat(2048);
+        assert!(matches!(
+            load(&good, None, &line),
+            BootError::CommandLineTooLong { len: 2048, .. }
+        ));
+    }
+}

@@ -1,0 +1,163 @@
+//! Access to guest memory.
+//!
+//! The guest may change its memory at any time, so nothing here makes a
+//! reference to it: bytes are copied in and out. This is the one place above
+//! `vmx` with `unsafe` code.
+
+use super::slots::{SlotKind, Slots};
+use crate::addr::Gpa;
+use core::fmt;
+use core::ptr;
+
+/// The guest has no memory at this address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OutOfSlot {
+    pub gpa: Gpa,
+}
+
+impl fmt::Display for OutOfSlot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the guest has no memory at {}", self.gpa)
+    }
+}
+
+impl core::error::Error for OutOfSlot {}
+
+/// The memory of one guest, as the hypervisor reaches it.
+#[derive(Clone, Debug)]
+pub struct GuestMemory {
+    slots: Slots,
+    /// Host virtual minus host physical address.
+    offset: u64,
+}
+
+impl GuestMemory {
+    /// Memory whose host pages are mapped at their physical address plus `offset`.
+    pub fn new(slots: Slots, offset: u64) -> Self {
+        Self { slots, offset }
+    }
+
+    pub fn slots(&self) -> &Slots {
+        &self.slots
+    }
+
+    /// Splits a range into pieces that are contiguous in the host.
+    fn pieces(
+        &self,
+        gpa: Gpa,
+        len: u64,
+        mut piece: impl FnMut(*mut u8, u64, usize),
+    ) -> Result<(), OutOfSlot> {
+        let mut done = 0;
+        while done < len {
+            let here = gpa.checked_add(done).ok_or(OutOfSlot { gpa })?;
+            let slot = self.slots.find(here).ok_or(OutOfSlot { gpa: here })?;
+            let inside = here.0 - slot.start.0;
+            let count = (slot.len - inside).min(len - done);
+            let host = slot
+                .backing
+                .0
+                .wrapping_add(inside)
+                .wrapping_add(self.offset);
+            piece(host as *mut u8, done, count as usize);
+            done += count;
+        }
+        Ok(())
+    }
+
+    /// Copies `bytes.len()` bytes out of the guest.
+    ///
+    /// # Errors
+    /// The first address that is not memory; `bytes` may be filled in part.
+    pub fn read(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), OutOfSlot> {
+        let target = bytes.as_mut_ptr();
+        self.pieces(gpa, bytes.len() as u64, |host, done, count| {
+            // SAFETY: `pieces` stays inside a slot, whose backing is mapped and belongs to the
+            // guest alone, and inside `bytes`; the two cannot overlap.
+            unsafe { ptr::copy_nonoverlapping(host, target.add(done as usize), count) }
+        })
+    }
+
+    /// Copies `bytes` into the guest; ROM too, which only the guest cannot write.
+    ///
+    /// # Errors
+    /// The first address that is not memory; what precedes it is written.
+    pub fn write(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), OutOfSlot> {
+        let source = bytes.as_ptr();
+        self.pieces(gpa, bytes.len() as u64, |host, done, count| {
+            // SAFETY: as in `read`.
+            unsafe { ptr::copy_nonoverlapping(source.add(done as usize), host, count) }
+        })
+    }
+
+    /// Sets `len` bytes to `byte`.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::write`].
+    pub fn fill(&self, gpa: Gpa, len: u64, byte: u8) -> Result<(), OutOfSlot> {
+        self.pieces(gpa, len, |host, _, count| {
+            // SAFETY: as in `read`.
+            unsafe { ptr::write_bytes(host, byte, count) }
+        })
+    }
+
+    /// Four bytes, little endian.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::read`].
+    pub fn read_u32(&self, gpa: Gpa) -> Result<u32, OutOfSlot> {
+        let mut bytes = [0; 4];
+        self.read(gpa, &mut bytes)?;
+        Ok(u32::from_le_bytes(bytes))
+    }
+
+    /// Eight bytes, little endian.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::read`].
+    pub fn read_u64(&self, gpa: Gpa) -> Result<u64, OutOfSlot> {
+        let mut bytes = [0; 8];
+        self.read(gpa, &mut bytes)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// Whether the guest may write at `gpa`.
+    pub fn is_writable(&self, gpa: Gpa) -> bool {
+        self.slots
+            .find(gpa)
+            .is_some_and(|slot| slot.kind == SlotKind::Ram)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::Hpa;
+    use crate::vm::slots::Slot;
+
+    #[test]
+    fn an_access_may_cross_adjacent_slots_but_not_a_hole() {
+        let mut a = vec![0u8; 4096];
+        let mut b = vec![0u8; 4096];
+        let slot = |start, bytes: &mut Vec<u8>| Slot {
+            start: Gpa(start),
+            len: 4096,
+            backing: Hpa(bytes.as_mut_ptr() as u64),
+            kind: SlotKind::Ram,
+        };
+        let slots = Slots::new(vec![slot(0x1000, &mut a), slot(0x2000, &mut b)]).unwrap();
+        let memory = GuestMemory::new(slots, 0);
+        memory
+            .write(Gpa(0x1ffc), &[1, 2, 3, 4, 5, 6, 7, 8])
+            .unwrap();
+        assert_eq!(memory.read_u64(Gpa(0x1ffc)), Ok(0x0807_0605_0403_0201));
+        let missing = OutOfSlot { gpa: Gpa(0x3000) };
+        assert_eq!(memory.read_u32(Gpa(0x2ffe)), Err(missing));
+        assert!(memory.fill(Gpa(u64::MAX - 1), 4, 0).is_err());
+        drop(memory);
+        assert_eq!(
+            (&a[0xffc..], &b[..4]),
+            (&[1, 2, 3, 4][..], &[5, 6, 7, 8][..])
+        );
+    }
+}

@@ -1,0 +1,130 @@
+//! Guest-physical address space: where RAM is, and how the guest is told.
+
+use super::slots::{Slot, SlotKind, Slots};
+use crate::addr::{Gpa, Hpa};
+use alloc::vec::Vec;
+
+/// End of conventional memory.
+pub const LOW_RAM_END: u64 = 0xa_0000;
+/// Start of the area that holds the tables which a guest finds by looking.
+pub const TABLES_START: u64 = 0xe_0000;
+/// Start of extended memory.
+pub const HIGH_RAM: u64 = 0x10_0000;
+/// Where memory below 4 GiB ends at the latest: devices follow.
+pub const LOW_RAM_LIMIT: u64 = 0xc000_0000;
+const FOUR_GIB: u64 = 1 << 32;
+
+/// A kind of address range, with its number in an E820 map (ACPI 6.5, table 15.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum RangeKind {
+    Ram = 1,
+    Reserved = 2,
+}
+
+/// An entry of the memory map that the guest is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    pub start: Gpa,
+    pub len: u64,
+    pub kind: RangeKind,
+}
+
+/// The address space of a guest with one block of host memory behind it.
+///
+/// Below the hole, guest and host addresses differ by a constant, so that with
+/// an aligned block large pages can map nearly all of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryMap {
+    block: Hpa,
+    ram: u64,
+}
+
+impl MemoryMap {
+    /// `ram` bytes (a multiple of 2 MiB) at `block`.
+    pub fn new(block: Hpa, ram: u64) -> Self {
+        Self { block, ram }
+    }
+
+    /// Bytes of address space below the hole that memory is behind.
+    pub fn ram_below_4g(&self) -> u64 {
+        self.ram.min(LOW_RAM_LIMIT)
+    }
+
+    /// Bytes of memory from 4 GiB up.
+    pub fn ram_above_4g(&self) -> u64 {
+        self.ram - self.ram_below_4g()
+    }
+
+    fn slot(&self, start: u64, end: u64, block_offset: u64) -> Slot {
+        Slot {
+            start: Gpa(start),
+            len: end.saturating_sub(start),
+            backing: Hpa(self.block.0 + block_offset),
+            kind: SlotKind::Ram,
+        }
+    }
+
+    /// The slots. The VGA window is not memory.
+    pub fn slots(&self) -> Slots {
+        let low = self.ram_below_4g();
+        let slots = alloc::vec![
+            self.slot(0, LOW_RAM_END.min(low), 0),
+            self.slot(TABLES_START, low, TABLES_START),
+            self.slot(FOUR_GIB, FOUR_GIB + self.ram_above_4g(), low),
+        ];
+        // Disjoint by construction.
+        Slots::new(slots).unwrap_or_default()
+    }
+
+    /// What the guest is told, lowest first.
+    pub fn ranges(&self) -> Vec<Range> {
+        let range = |start, end: u64, kind| Range {
+            start: Gpa(start),
+            len: end.saturating_sub(start),
+            kind,
+        };
+        let low = self.ram_below_4g();
+        let mut ranges = alloc::vec![
+            range(0, LOW_RAM_END.min(low), RangeKind::Ram),
+            range(TABLES_START, HIGH_RAM, RangeKind::Reserved),
+            range(HIGH_RAM, low, RangeKind::Ram),
+            range(FOUR_GIB, FOUR_GIB + self.ram_above_4g(), RangeKind::Ram),
+        ];
+        ranges.retain(|range| range.len > 0);
+        ranges
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn what_the_guest_is_told_is_memory(megabytes in 1..4096u64) {
+            let map = MemoryMap::new(Hpa(1 << 30), megabytes << 21);
+            let slots = map.slots();
+            for range in map.ranges() {
+                for gpa in [range.start, Gpa(range.start.0 + range.len - 1)] {
+                    let slot = slots.find(gpa);
+                    prop_assert!(slot.is_some(), "{gpa}");
+                }
+            }
+            prop_assert!(slots.find(Gpa(LOW_RAM_END)).is_none());
+            prop_assert!(slots.find(Gpa(LOW_RAM_LIMIT)).is_none());
+            prop_assert!(slots.find(Gpa(0xfee0_0000)).is_none());
+        }
+
+        #[test]
+        fn no_slot_reaches_outside_its_block(megabytes in 1..4096u64) {
+            let block = 1 << 30;
+            let ram = megabytes << 21;
+            for slot in MemoryMap::new(Hpa(block), ram).slots().iter() {
+                prop_assert!(slot.backing.0 >= block);
+                prop_assert!(slot.backing.0 + slot.len <= block + ram);
+            }
+        }
+    }
+}
