@@ -264,7 +264,7 @@ impl LocalApic {
             return 0;
         }
         match self.read(now, offset & !0xf) {
-            Some(value) => u64::from(value) >> (offset & 3) * 8 & width.mask(),
+            Some(value) => (u64::from(value) >> ((offset & 3) * 8)) & width.mask(),
             None => {
                 // EOI and self-IPI are write-only, the rest does not exist.
                 self.error(ERROR_ILLEGAL_REGISTER);
