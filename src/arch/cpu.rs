@@ -86,3 +86,11 @@ pub unsafe fn set_xcr0(value: u64) {
         asm!("xsetbv", in("ecx") 0, in("eax") value as u32, in("edx") (value >> 32) as u32, options(nomem, nostack, preserves_flags));
     }
 }
+
+/// Replaces CR2, which is the guest's while one runs.
+pub fn set_cr2(address: u64) {
+    // SAFETY: the hypervisor reads CR2 only in its own page-fault handler, which the CPU sets anew.
+    unsafe {
+        core::arch::asm!("mov cr2, {}", in(reg) address, options(nomem, nostack, preserves_flags))
+    };
+}

@@ -1,3 +1,4 @@
-//! The operator's view: log, console, statistics.
+//! The operator's view: log, guests, console, statistics.
 
+pub mod guests;
 pub mod log;

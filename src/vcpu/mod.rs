@@ -1,11 +1,92 @@
 //! One virtual CPU.
 //!
-//! Policy comes first, as plain logic that knows neither VT-x nor the host:
-//! what the guest's CPUID and MSRs say, its clock, its page tables, and the
-//! emulation of instructions that touch devices.
+//! [`Vcpu::run`] is the run loop; between its rounds the guest runs, and each
+//! VM exit is answered in [`exits`] on the vCPU's own stack. What an exit may
+//! lead to has a file each: [`mod@control_registers`], [`events`] (injection), [`io`],
+//! [`mmio`], [`model_specific`]. Policy is plain logic that knows neither VT-x
+//! nor the host: [`cpuid`], [`msr`], [`pvclock`], [`walk`], [`emulate`].
 
+pub mod control_registers;
 pub mod cpuid;
 pub mod emulate;
+pub mod events;
+pub mod exits;
+pub mod io;
+pub mod mmio;
+pub mod model_specific;
 pub mod msr;
 pub mod pvclock;
+pub mod run;
+pub mod state;
 pub mod walk;
+
+use crate::devices::local_apic::LocalApic;
+use crate::devices::{Clock, Ticks};
+use crate::vm::machine::Vm;
+use crate::vmx::operation::Vmx;
+use crate::vmx::vmcs::Vmcs;
+use crate::vmx::vpid::Vpid;
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use cpuid::CpuidTable;
+use events::Pending;
+use msr::Msrs;
+
+pub use run::End;
+pub use state::SetupError;
+
+/// One virtual CPU, on the CPU that its VMCS is current on.
+pub struct Vcpu {
+    vm: Arc<Vm>,
+    vmx: Vmx,
+    vmcs: Vmcs,
+    vpid: Vpid,
+    /// Read by the CPU while the guest runs.
+    bitmaps: Box<state::Bitmaps>,
+    cpuid: CpuidTable,
+    msrs: Msrs,
+    apic: LocalApic,
+    pending: Pending,
+    clock: Clock,
+    /// Guest time-stamp counter minus the host's.
+    tsc_offset: u64,
+    tsc_adjust: u64,
+    /// The primary controls as they are in the VMCS.
+    primary: u32,
+    /// MSRs of the paravirtual clock as the guest wrote them.
+    system_time: u64,
+    wall_clock: u64,
+    system_time_version: u32,
+    /// CR4 bits that the guest may set.
+    cr4_allowed: u64,
+    /// A byte of console input that the guest's receiver had no room for.
+    console_input: Option<u8>,
+    /// Set when the guest is to be left; the run loop looks why.
+    leave: Option<Leave>,
+    counts: Box<[u64; crate::vmx::exit::REASONS]>,
+}
+
+/// Why the run loop has to do something.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Leave {
+    Halt,
+    End(End),
+}
+
+impl Vcpu {
+    /// The guest's time-stamp counter now.
+    #[inline]
+    fn now(&self) -> Ticks {
+        Ticks(crate::arch::cpu::rdtsc().wrapping_add(self.tsc_offset))
+    }
+
+    /// Ends the guest at the next look.
+    fn end(&mut self, end: End) {
+        self.leave = Some(Leave::End(end));
+    }
+
+    /// Exits by basic reason so far.
+    pub fn counts(&self) -> &[u64] {
+        &self.counts[..]
+    }
+}

@@ -1,6 +1,8 @@
 //! One guest: its memory, how it boots, and the tables that it is shown.
 
+pub mod acpi;
 pub mod boot;
+pub mod machine;
 pub mod memory;
 pub mod memory_map;
 pub mod slots;

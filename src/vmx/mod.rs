@@ -12,6 +12,7 @@ pub mod check;
 pub mod controls;
 pub mod entry;
 pub mod ept;
+pub mod ept_frames;
 pub mod error;
 pub mod exit;
 pub mod host_state;

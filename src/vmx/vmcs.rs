@@ -3,6 +3,7 @@
 
 use super::operation::VmxError;
 use crate::addr::Hpa;
+use crate::host::memory::{self, frames::FrameRange};
 use core::arch::asm;
 use core::marker::PhantomData;
 
@@ -215,7 +216,7 @@ pub struct Vmcs {
 }
 
 impl Vmcs {
-    /// Clears the region at `region` and makes it current.
+    /// Clears the region at `region`, a frame that becomes this value's own, and makes it current.
     ///
     /// # Errors
     /// What VMCLEAR or VMPTRLD says.
@@ -263,11 +264,21 @@ impl Vmcs {
             asm!("vmwrite {}, {}", in(reg) u64::from(field.encoding), in(reg) value.widen(), options(nomem, nostack));
         }
     }
+}
 
-    /// Takes the VMCS off this CPU, so that its region can be used or freed.
-    pub fn unload(self) -> Result<Hpa, VmxError> {
-        // SAFETY: the region is a VMCS (`load`), and `self` is consumed: nothing reads it after.
-        VmxError::check(unsafe { x86::bits64::vmx::vmclear(self.region.0) })?;
-        Ok(self.region)
+impl Drop for Vmcs {
+    /// Takes the VMCS off this CPU and gives its region back.
+    fn drop(&mut self) {
+        // SAFETY: the region is a VMCS (`load`), and nothing reads it afterwards.
+        let cleared = VmxError::check(unsafe { x86::bits64::vmx::vmclear(self.region.0) });
+        if cleared.is_ok() {
+            let range = FrameRange {
+                start: self.region,
+                count: 1,
+            };
+            // SAFETY: the CPU has written the VMCS back and forgotten it; nobody else knew of it.
+            let freed = unsafe { memory::free(range) };
+            debug_assert!(freed.is_ok());
+        }
     }
 }

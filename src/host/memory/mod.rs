@@ -8,7 +8,7 @@ pub mod stack;
 use crate::addr::Hpa;
 use frames::{FrameAllocator, FrameError, FrameRange};
 use spin::Mutex;
-use vireo_handoff::BootInfo;
+use vireo_handoff::{BootInfo, MemoryKind};
 
 static FRAMES: Mutex<FrameAllocator> = Mutex::new(FrameAllocator::new());
 
@@ -44,4 +44,24 @@ pub unsafe fn free(range: FrameRange) -> Result<(), FrameError> {
 pub fn counts() -> (u64, u64) {
     let frames = FRAMES.lock();
     (frames.total(), frames.free_count())
+}
+
+/// A file that the loader read; `None` when there is none of that name, or it
+/// does not lie in the loader's memory.
+pub fn file<'a>(info: &'a BootInfo, name: &str) -> Option<&'a [u8]> {
+    let file = info.file(name)?;
+    let end = file.start.checked_add(file.len)?;
+    let loaded = info.memory.iter().any(|region| {
+        region.kind == MemoryKind::Loader
+            && region.start <= file.start
+            && end <= region.start.saturating_add(region.len)
+    });
+    // SAFETY: memory of the loader is in the direct map, is never handed out
+    // (`FrameAllocator::from_regions`), and nobody writes it any more.
+    loaded.then(|| unsafe {
+        core::slice::from_raw_parts(
+            paging::to_virt(Hpa(file.start)).0 as *const u8,
+            file.len as usize,
+        )
+    })
 }

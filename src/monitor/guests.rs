@@ -1,0 +1,172 @@
+//! The guests of the configuration, run one after the other on the boot
+//! processor.
+
+use crate::devices::Clock;
+use crate::devices::chipset::ChipsetConfig;
+use crate::host::memory;
+use crate::host::memory::frames::{ALIGN_2M, FrameRange};
+use crate::host::time;
+use crate::vcpu::{End, SetupError, Vcpu};
+use crate::vm::acpi;
+use crate::vm::boot::{self, BootError};
+use crate::vm::machine::{Host, Vm};
+use crate::vm::memory::{GuestMemory, OutOfSlot};
+use crate::vm::memory_map::MemoryMap;
+use crate::vmx::ept::EptError;
+use crate::vmx::memory_type::Mtrrs;
+use crate::vmx::operation::Vmx;
+use crate::vmx::vpid::{Vpid, VpidAllocator};
+use alloc::sync::Arc;
+use core::fmt;
+use log::{error, info};
+use vireo_handoff::layout::DIRECT_MAP;
+use vireo_handoff::{BootInfo, config};
+
+/// Why a guest could not start.
+#[derive(Debug)]
+enum StartError {
+    NotEnoughMemory { needed: u64, largest_free: u64 },
+    NoSuchFile,
+    Tables(OutOfSlot),
+    Boot(BootError),
+    Ept(EptError),
+    Setup(SetupError),
+}
+
+impl fmt::Display for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotEnoughMemory {
+                needed,
+                largest_free,
+            } => write!(
+                f,
+                "needs {} MiB of contiguous memory, and only {} MiB are free; lower `memory` in vireo.toml or add memory to the machine",
+                needed >> 20,
+                largest_free >> 20
+            ),
+            Self::NoSuchFile => f.write_str("an image that the configuration names was not loaded"),
+            Self::Tables(error) => write!(f, "its tables do not fit into its memory: {error:?}"),
+            Self::Boot(error) => error.fmt(f),
+            Self::Ept(error) => write!(f, "no extended page tables: {error:?}"),
+            Self::Setup(error) => error.fmt(f),
+        }
+    }
+}
+
+/// Runs every guest to its end; true when one did not start or did not end of its own will.
+pub fn run_all(boot: &BootInfo, vmx: Vmx) -> bool {
+    let mut vpids = VpidAllocator::new();
+    let mut failed = false;
+    for config in &boot.config.vm {
+        match run(boot, config, vmx, &mut vpids) {
+            Ok(end) => {
+                failed |= !matches!(end, End::PowerOff | End::Reset);
+                info!("vm {}: {end}", config.name);
+            }
+            Err(reason) => {
+                failed = true;
+                error!("vm {}: {reason}", config.name);
+            }
+        }
+    }
+    failed
+}
+
+/// A guest's memory, given back when it is gone.
+struct Block(FrameRange);
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `run`; the VM that used it is dropped before.
+        let freed = unsafe { memory::free(self.0) };
+        debug_assert!(freed.is_ok());
+    }
+}
+
+fn run(
+    boot_info: &BootInfo,
+    config: &config::Vm,
+    vmx: Vmx,
+    vpids: &mut VpidAllocator,
+) -> Result<End, StartError> {
+    let frames =
+        memory::allocate(config.memory >> 12, ALIGN_2M).ok_or(StartError::NotEnoughMemory {
+            needed: config.memory,
+            largest_free: memory::counts().1 << 12,
+        })?;
+    let block = Block(frames);
+    let map = MemoryMap::new(block.0.start, config.memory);
+    let guest_memory = GuestMemory::new(map.slots(), DIRECT_MAP);
+    for slot in guest_memory.slots().iter() {
+        guest_memory
+            .fill(slot.start, slot.len, 0)
+            .map_err(StartError::Tables)?;
+    }
+    let rsdp = acpi::write(&guest_memory, config.vcpus).map_err(StartError::Tables)?;
+    let kernel = file(boot_info, &config.kernel)?;
+    let initrd = match &config.initrd {
+        Some(name) => Some(file(boot_info, name)?),
+        None => None,
+    };
+    let entry = boot::load(kernel, initrd, &config.cmdline, &guest_memory, &map, rsdp)
+        .map_err(StartError::Boot)?;
+
+    let chipset = ChipsetConfig {
+        wall_clock: time::rtc::unix_seconds().unwrap_or(0),
+        ram_below_4g: map.ram_below_4g(),
+        ram_above_4g: map.ram_above_4g(),
+        io_apic_id: config.vcpus as u8,
+    };
+    let width = address_width();
+    let vm = Vm::new(
+        config.name.clone(),
+        config.vcpus,
+        guest_memory,
+        &chipset,
+        Clock::new(time::tsc_hz()),
+        Host {
+            capabilities: &vmx.capabilities,
+            address_width: width,
+            mtrrs: host_mtrrs(width),
+        },
+    )
+    .map_err(StartError::Ept)?;
+    let vpid = vpids.allocate().unwrap_or(Vpid::HOST);
+    let result = Vcpu::new(Arc::new(vm), 0, vmx, vpid, &entry)
+        .map(|(mut vcpu, mut stack)| {
+            info!("vm {}: started, {} MiB", config.name, config.memory >> 20);
+            super::log::quiet(true);
+            let end = vcpu.run(&mut stack, &entry);
+            super::log::quiet(false);
+            end
+        })
+        .map_err(StartError::Setup);
+    vpids.free(vpid);
+    result
+}
+
+fn file<'a>(boot: &'a BootInfo, name: &str) -> Result<&'a [u8], StartError> {
+    memory::file(boot, name).ok_or(StartError::NoSuchFile)
+}
+
+/// The CPU's physical-address width, in bits.
+fn address_width() -> u32 {
+    crate::arch::cpu::cpuid()
+        .get_processor_capacity_feature_info()
+        .map_or(36, |info| info.physical_address_bits().into())
+}
+
+/// The memory types that the firmware set up; without MTRRs everything is uncacheable.
+fn host_mtrrs(width: u32) -> Mtrrs {
+    let has_mtrrs = crate::arch::cpu::cpuid()
+        .get_feature_info()
+        .is_some_and(|info| info.has_mtrr());
+    Mtrrs::read(width, |number| {
+        if has_mtrrs {
+            crate::arch::msr::try_read(number).unwrap_or(0)
+        } else {
+            0
+        }
+    })
+}

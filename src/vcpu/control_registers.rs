@@ -1,0 +1,287 @@
+//! CR0, CR4 and XCR0: which bits are the guest's own, and what a write to the
+//! others does (SDM 3, 2.5, 4.1 and 27.3.1.1).
+
+use super::Vcpu;
+use super::cpuid;
+use super::events::Exception;
+use crate::addr::Gpa;
+use crate::arch::cpu;
+use crate::arch::registers::GeneralRegisters;
+use crate::vmx::capability::Capabilities;
+use crate::vmx::exit::ControlRegisterAccess;
+use crate::vmx::vmcs::{control, guest};
+use x86::vmx::vmcs::control::EntryControls;
+
+const CR0_PE: u64 = 1;
+const CR0_MP: u64 = 1 << 1;
+const CR0_EM: u64 = 1 << 2;
+const CR0_TS: u64 = 1 << 3;
+const CR0_ET: u64 = 1 << 4;
+const CR0_NE: u64 = 1 << 5;
+const CR0_WP: u64 = 1 << 16;
+const CR0_AM: u64 = 1 << 18;
+const CR0_NW: u64 = 1 << 29;
+const CR0_CD: u64 = 1 << 30;
+const CR0_PG: u64 = 1 << 31;
+const CR0_DEFINED: u64 = CR0_PE
+    | CR0_MP
+    | CR0_EM
+    | CR0_TS
+    | CR0_ET
+    | CR0_NE
+    | CR0_WP
+    | CR0_AM
+    | CR0_NW
+    | CR0_CD
+    | CR0_PG;
+
+/// Bits of CR0 whose change exits. The rest, among them TS and WP, are the guest's own.
+pub const CR0_OWNED: u64 = !(CR0_MP | CR0_EM | CR0_TS | CR0_WP | CR0_AM);
+
+const CR4_PSE: u64 = 1 << 4;
+const CR4_PAE: u64 = 1 << 5;
+const CR4_LA57: u64 = 1 << 12;
+const CR4_VMXE: u64 = 1 << 13;
+const CR4_PCIDE: u64 = 1 << 17;
+const CR4_OSXSAVE: u64 = 1 << 18;
+
+/// Bits of CR4 whose change exits: those that the guest does not have, and those
+/// that change paging or CPUID.
+pub const fn cr4_owned(allowed: u64) -> u64 {
+    !allowed | CR4_PSE | CR4_PAE | CR4_LA57 | CR4_VMXE | CR4_PCIDE | CR4_OSXSAVE
+}
+
+/// Bits of CR4 that VMX operation demands.
+pub const fn cr4_required(capabilities: &Capabilities) -> u64 {
+    capabilities.cr4_fixed0
+}
+
+const EFER_LME: u64 = 1 << 8;
+const EFER_LMA: u64 = 1 << 10;
+/// L bit of the code segment's access rights.
+const RIGHTS_LONG: u32 = 1 << 13;
+
+impl Vcpu {
+    /// CR0 as the guest sees it.
+    pub(super) fn cr0(&self) -> u64 {
+        let own = self.vmcs.read(guest::CR0) & !CR0_OWNED;
+        own | self.vmcs.read(control::CR0_SHADOW) & CR0_OWNED
+    }
+
+    /// CR4 as the guest sees it.
+    pub(super) fn cr4(&self) -> u64 {
+        let owned = cr4_owned(self.cr4_allowed);
+        self.vmcs.read(guest::CR4) & !owned | self.vmcs.read(control::CR4_SHADOW) & owned
+    }
+
+    pub(super) fn control_register(
+        &mut self,
+        access: ControlRegisterAccess,
+        registers: &mut GeneralRegisters,
+    ) -> Result<(), Exception> {
+        match access {
+            ControlRegisterAccess::Write { register, source } => {
+                let value = self.general(registers, source);
+                match register {
+                    0 => self.write_cr0(value)?,
+                    4 => self.write_cr4(value)?,
+                    8 => self.write_cr8(value)?,
+                    _ => return Err(Exception::InvalidOpcode),
+                }
+            }
+            ControlRegisterAccess::Read {
+                register: 8,
+                destination,
+            } => {
+                let value = self.apic.cr8().into();
+                self.set_general(registers, destination, value);
+            }
+            // CR3 and the others are read without an exit.
+            ControlRegisterAccess::Read { .. } => return Err(Exception::InvalidOpcode),
+            ControlRegisterAccess::Clts => {
+                let value = self.cr0() & !CR0_TS;
+                self.write_cr0(value)?;
+            }
+            ControlRegisterAccess::Lmsw(word) => {
+                // LMSW changes the low four bits and cannot clear PE (SDM 2, LMSW).
+                let old = self.cr0();
+                let value = old & !0xe | u64::from(word) & 0xf | old & CR0_PE;
+                self.write_cr0(value)?;
+            }
+        }
+        self.skip_instruction();
+        Ok(())
+    }
+
+    /// A general register, RSP included.
+    pub(super) fn general(&self, registers: &GeneralRegisters, index: u8) -> u64 {
+        if index == 4 {
+            self.vmcs.read(guest::RSP)
+        } else {
+            registers.get(index)
+        }
+    }
+
+    pub(super) fn set_general(&mut self, registers: &mut GeneralRegisters, index: u8, value: u64) {
+        if index == 4 {
+            self.vmcs.write(guest::RSP, value);
+        } else {
+            registers.set(index, value);
+        }
+    }
+
+    fn write_cr8(&mut self, value: u64) -> Result<(), Exception> {
+        if value > 15 {
+            return Err(Exception::GeneralProtection);
+        }
+        self.apic.set_cr8(value as u8);
+        Ok(())
+    }
+
+    fn write_cr0(&mut self, value: u64) -> Result<(), Exception> {
+        let paging = value & CR0_PG != 0;
+        if value >> 32 != 0
+            || paging && value & CR0_PE == 0
+            || value & CR0_NW != 0 && value & CR0_CD == 0
+        {
+            return Err(Exception::GeneralProtection);
+        }
+        let value = value & CR0_DEFINED | CR0_ET;
+        let old = self.cr0();
+        let efer = self.vmcs.read(guest::EFER);
+        if (value ^ old) & CR0_PG != 0 && efer & EFER_LME != 0 {
+            self.switch_long_mode(paging, efer)?;
+        }
+        // Caches stay on, whatever the guest asks: the host's memory types rule (EPT).
+        self.vmcs
+            .write(guest::CR0, value & !(CR0_CD | CR0_NW) | CR0_NE);
+        self.vmcs.write(control::CR0_SHADOW, value);
+        self.load_pdptes();
+        if (value ^ old) & (CR0_PG | CR0_PE | CR0_WP) != 0 {
+            self.flush_tlb();
+        }
+        Ok(())
+    }
+
+    /// Paging goes on or off with EFER.LME set.
+    fn switch_long_mode(&mut self, paging: bool, efer: u64) -> Result<(), Exception> {
+        let long_code = self.vmcs.read(guest::CS_ACCESS_RIGHTS) & RIGHTS_LONG != 0;
+        if paging {
+            // SDM 3, 10.8.5.
+            if self.cr4() & CR4_PAE == 0 || long_code {
+                return Err(Exception::GeneralProtection);
+            }
+            self.set_long_mode(true, efer);
+        } else {
+            // Paging cannot be switched off in 64-bit mode, nor with PCIDE set.
+            if long_code || self.cr4() & CR4_PCIDE != 0 {
+                return Err(Exception::GeneralProtection);
+            }
+            self.set_long_mode(false, efer);
+        }
+        Ok(())
+    }
+
+    fn set_long_mode(&mut self, on: bool, efer: u64) {
+        let entry = self.vmx.controls.entry;
+        if on {
+            self.vmcs.write(guest::EFER, efer | EFER_LMA);
+            self.vmcs.write(
+                control::ENTRY,
+                entry | EntryControls::IA32E_MODE_GUEST.bits(),
+            );
+        } else {
+            self.vmcs.write(guest::EFER, efer & !EFER_LMA);
+            self.vmcs.write(control::ENTRY, entry);
+        }
+    }
+
+    fn write_cr4(&mut self, value: u64) -> Result<(), Exception> {
+        let old = self.cr4();
+        let long = self.vmcs.read(guest::EFER) & EFER_LMA != 0;
+        let pcide_on = value & !old & CR4_PCIDE != 0;
+        if value & !self.cr4_allowed != 0
+            || long && (value & CR4_PAE == 0 || (value ^ old) & CR4_LA57 != 0)
+            || value & CR4_PCIDE != 0 && !long
+            || pcide_on && self.vmcs.read(guest::CR3) & 0xfff != 0
+        {
+            return Err(Exception::GeneralProtection);
+        }
+        self.vmcs
+            .write(guest::CR4, value | cr4_required(&self.vmx.capabilities));
+        self.vmcs.write(control::CR4_SHADOW, value);
+        if (value ^ old) & CR4_OSXSAVE != 0 {
+            self.cpuid.set_osxsave(value & CR4_OSXSAVE != 0);
+        }
+        self.load_pdptes();
+        self.flush_tlb();
+        Ok(())
+    }
+
+    /// With PAE paging the CPU holds four page-directory-pointer entries, which
+    /// VM entry loads from the VMCS (SDM 3, 27.3.2.4).
+    fn load_pdptes(&mut self) {
+        let pae = self.cr0() & CR0_PG != 0
+            && self.cr4() & CR4_PAE != 0
+            && self.vmcs.read(guest::EFER) & EFER_LMA == 0;
+        if !pae {
+            return;
+        }
+        let table = self.vmcs.read(guest::CR3) & 0xffff_ffe0;
+        let fields = [guest::PDPTE0, guest::PDPTE1, guest::PDPTE2, guest::PDPTE3];
+        for (index, field) in (0..).zip(fields) {
+            // A table outside memory reads as not present: the guest's next access faults.
+            let entry = self.vm.memory.read_u64(Gpa(table + 8 * index)).unwrap_or(0);
+            // Reserved bits must be 0, or the entry to the guest fails (SDM 3, 27.3.1.6).
+            let reserved = !0 << self.cpuid.physical_address_bits() | 0x1e6;
+            let valid = entry & 1 == 0 || entry & reserved == 0;
+            self.vmcs.write(field, if valid { entry } else { 0 });
+        }
+    }
+
+    /// What MOV to CR0 and CR4 invalidate. With VPID the entry does not.
+    fn flush_tlb(&mut self) {
+        let invalidator = crate::vmx::vpid::Invalidator::new(self.vmx.capabilities.ept_vpid);
+        // SAFETY: a vCPU exists only in VMX root operation.
+        let flushed = unsafe { invalidator.vpid(self.vpid) };
+        debug_assert!(flushed.is_ok());
+    }
+
+    pub(super) fn xsetbv(&mut self, registers: &GeneralRegisters) -> Result<(), Exception> {
+        let value = registers.edx_eax();
+        let index = registers.rcx & 0xffff_ffff;
+        if index != 0 || self.cpl() != 0 || !cpuid::xcr0_valid(value, &self.cpuid) {
+            return Err(Exception::GeneralProtection);
+        }
+        // SAFETY: `xcr0_valid` admits only what the CPU supports, and the hypervisor uses no
+        // state that XCR0 governs.
+        unsafe { cpu::set_xcr0(value) };
+        self.cpuid.set_xcr0(value);
+        self.skip_instruction();
+        Ok(())
+    }
+
+    /// The current privilege level: DPL of SS (SDM 3, 25.4.1).
+    pub(super) fn cpl(&self) -> u8 {
+        (self.vmcs.read(guest::SS_ACCESS_RIGHTS) >> 5 & 3) as u8
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ts_and_wp_do_not_exit_and_what_the_guest_lacks_does() {
+        assert_eq!(CR0_OWNED & (CR0_TS | CR0_MP | CR0_WP), 0);
+        assert_eq!(
+            CR0_OWNED & (CR0_PG | CR0_PE | CR0_CD),
+            CR0_PG | CR0_PE | CR0_CD
+        );
+        let allowed = CR4_PAE | 1 << 7;
+        let owned = cr4_owned(allowed);
+        assert_eq!(owned & 1 << 7, 0, "PGE is the guest's");
+        assert_ne!(owned & CR4_PAE, 0);
+        assert_ne!(owned & 1 << 22, 0, "a bit that is not allowed");
+    }
+}

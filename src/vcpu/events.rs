@@ -1,0 +1,199 @@
+//! Injection: what is delivered to the guest at the next entry, and in which
+//! order (SDM 3, 7.9 and 27.6).
+
+use super::Vcpu;
+use crate::devices::Message;
+use crate::devices::local_apic::Event;
+use crate::vmx::exit::InterruptionInfo;
+use crate::vmx::vmcs::{control, guest, information};
+use x86::vmx::vmcs::control::PrimaryControls;
+
+/// A fault that the hypervisor raises in the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exception {
+    InvalidOpcode,
+    /// With error code 0.
+    GeneralProtection,
+    /// With this error code and CR2.
+    PageFault {
+        error_code: u32,
+        address: u64,
+    },
+}
+
+/// Events that wait for the next entry.
+#[derive(Debug, Default)]
+pub(super) struct Pending {
+    /// An event whose delivery an exit interrupted, with its error code and
+    /// instruction length.
+    interrupted: Option<(InterruptionInfo, u32, u32)>,
+    exception: Option<Exception>,
+    nmi: bool,
+}
+
+const RFLAGS_IF: u64 = 1 << 9;
+const BLOCKED_BY_STI: u32 = 1;
+const BLOCKED_BY_MOV_SS: u32 = 1 << 1;
+const BLOCKED_BY_NMI: u32 = 1 << 3;
+
+impl Vcpu {
+    /// Raises `exception` instead of completing the instruction.
+    pub(super) fn raise(&mut self, exception: Exception) {
+        self.pending.exception = Some(exception);
+    }
+
+    /// Remembers an event whose delivery this exit interrupted (SDM 3, 25.9.3).
+    pub(super) fn keep_interrupted_event(&mut self) {
+        let info = InterruptionInfo(self.vmcs.read(information::IDT_VECTORING_INFO));
+        if info.is_valid() {
+            let error = self.vmcs.read(information::IDT_VECTORING_ERROR_CODE);
+            let length = self.vmcs.read(information::INSTRUCTION_LENGTH);
+            self.pending.interrupted = Some((info, error, length));
+        }
+    }
+
+    /// Whether something would wake the guest from HLT.
+    pub(super) fn has_wake_event(&self) -> bool {
+        self.pending.nmi || self.vmcs.read(guest::RFLAGS) & RFLAGS_IF != 0 && self.has_interrupt()
+    }
+
+    /// Whether the guest waits for an interrupt that it has masked: forever.
+    pub(super) fn interrupts_are_off(&self) -> bool {
+        self.vmcs.read(guest::RFLAGS) & RFLAGS_IF == 0
+    }
+
+    fn has_interrupt(&self) -> bool {
+        self.apic.pending().is_some() || self.has_extint()
+    }
+
+    fn has_extint(&self) -> bool {
+        self.apic.lint0_takes_extint() && self.vm.chipset.lock().intr()
+    }
+
+    /// Sends a message to the local APICs that it names.
+    pub(super) fn deliver(&mut self, message: Message, from_self: bool) {
+        if !self.apic.is_destination(message.destination, from_self) {
+            return;
+        }
+        match self.apic.accept(message) {
+            Event::Nmi => self.pending.nmi = true,
+            // ExtINT is looked up at injection; INIT and SIPI to a running boot processor are
+            // for several vCPUs; SMM does not exist.
+            Event::None | Event::ExtInt | Event::Init | Event::StartUp(_) | Event::Smi => {}
+        }
+    }
+
+    /// Chooses what the next entry injects: first what was interrupted, then a
+    /// fault, NMI, interrupt. Asks for a window exit when something has to wait.
+    pub(super) fn inject(&mut self) {
+        if let Some((info, error, length)) = self.pending.interrupted.take() {
+            self.inject_event(info, error);
+            if info.is_software() {
+                self.vmcs.write(control::ENTRY_INSTRUCTION_LENGTH, length);
+            }
+            return;
+        }
+        if let Some(exception) = self.pending.exception.take() {
+            self.inject_exception(exception);
+            return;
+        }
+        if !self.pending.nmi && !self.has_interrupt() {
+            self.set_window(false, false);
+            return;
+        }
+        let interruptibility = self.vmcs.read(guest::INTERRUPTIBILITY);
+        let shadow = interruptibility & (BLOCKED_BY_STI | BLOCKED_BY_MOV_SS) != 0;
+        if self.pending.nmi && !shadow && interruptibility & BLOCKED_BY_NMI == 0 {
+            self.pending.nmi = false;
+            self.inject_event(InterruptionInfo::NMI, 0);
+        } else if !shadow
+            && !self.interrupts_are_off()
+            && let Some(vector) = self.take_interrupt()
+        {
+            self.inject_event(InterruptionInfo::interrupt(vector), 0);
+        }
+        let nmi = self.pending.nmi && self.vmx.controls.has_virtual_nmis();
+        let interrupt = self.has_interrupt();
+        self.set_window(interrupt, nmi);
+    }
+
+    /// The interrupt that the CPU would acknowledge now. The 8259's, through
+    /// LINT0, comes first: it has no priority against the local APIC's.
+    fn take_interrupt(&mut self) -> Option<u8> {
+        if self.has_extint() {
+            return Some(self.vm.chipset.lock().acknowledge_pic());
+        }
+        self.apic.acknowledge()
+    }
+
+    fn inject_exception(&mut self, exception: Exception) {
+        match exception {
+            Exception::InvalidOpcode => {
+                self.inject_event(InterruptionInfo::exception(6, false), 0);
+            }
+            Exception::GeneralProtection => {
+                // Real mode pushes no error code (SDM 3, 27.2.1.3).
+                let protected = self.cr0() & 1 != 0;
+                self.inject_event(InterruptionInfo::exception(13, protected), 0);
+            }
+            Exception::PageFault {
+                error_code,
+                address,
+            } => {
+                crate::arch::cpu::set_cr2(address);
+                self.inject_event(InterruptionInfo::exception(14, true), error_code);
+            }
+        }
+    }
+
+    fn inject_event(&mut self, info: InterruptionInfo, error: u32) {
+        self.vmcs
+            .write(control::ENTRY_INTERRUPTION_INFO, info.as_entry());
+        if info.has_error_code() {
+            self.vmcs.write(control::ENTRY_ERROR_CODE, error);
+        }
+    }
+
+    fn set_window(&mut self, interrupt: bool, nmi: bool) {
+        let interrupt_window = PrimaryControls::INTERRUPT_WINDOW_EXITING.bits();
+        let nmi_window = PrimaryControls::NMI_WINDOW_EXITING.bits();
+        let mut primary = self.primary & !(interrupt_window | nmi_window);
+        if interrupt {
+            primary |= interrupt_window;
+        }
+        if nmi {
+            primary |= nmi_window;
+        }
+        if primary != self.primary {
+            self.primary = primary;
+            self.vmcs.write(control::PRIMARY, primary);
+        }
+    }
+
+    /// Moves past the instruction that exited, as completing it would: its
+    /// shadow of STI and MOV SS ends, and single-stepping traps (SDM 3, 27.7.3).
+    #[inline]
+    pub(super) fn skip_instruction(&mut self) {
+        let length = self.vmcs.read(information::INSTRUCTION_LENGTH);
+        self.advance_rip(length);
+    }
+
+    #[inline]
+    pub(super) fn advance_rip(&mut self, length: u32) {
+        let rip = self.vmcs.read(guest::RIP);
+        self.vmcs
+            .write(guest::RIP, rip.wrapping_add(u64::from(length)));
+        let interruptibility = self.vmcs.read(guest::INTERRUPTIBILITY);
+        let shadow = BLOCKED_BY_STI | BLOCKED_BY_MOV_SS;
+        if interruptibility & shadow != 0 {
+            self.vmcs
+                .write(guest::INTERRUPTIBILITY, interruptibility & !shadow);
+        }
+        const RFLAGS_TF: u64 = 1 << 8;
+        if self.vmcs.read(guest::RFLAGS) & RFLAGS_TF != 0 {
+            const SINGLE_STEP: u64 = 1 << 14;
+            let pending = self.vmcs.read(guest::PENDING_DEBUG);
+            self.vmcs.write(guest::PENDING_DEBUG, pending | SINGLE_STEP);
+        }
+    }
+}

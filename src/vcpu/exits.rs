@@ -1,0 +1,106 @@
+//! VM exits, answered: one `match`, one line for each reason.
+
+use super::events::Exception;
+use super::run::End;
+use super::{Leave, Vcpu};
+use crate::arch::registers::GeneralRegisters;
+use crate::host::interrupts;
+use crate::vmx::entry::{Guest, Next};
+use crate::vmx::exit::{Exit, InterruptionInfo};
+use crate::vmx::vmcs::information;
+
+/// What KVM answers to a hypercall that it does not have: -KVM_ENOSYS.
+const NO_SUCH_HYPERCALL: u64 = -1000i64 as u64;
+
+impl Guest for Vcpu {
+    fn exit(&mut self, registers: &mut GeneralRegisters) -> Next {
+        let exit = Exit::decode(&self.vmcs);
+        let reason = self.vmcs.read(information::EXIT_REASON) as u16;
+        if let Some(count) = self.counts.get_mut(usize::from(reason)) {
+            *count += 1;
+        }
+        if let Err(exception) = self.answer(exit, registers) {
+            self.raise(exception);
+        }
+        if self.leave.is_some() {
+            return Next::Leave;
+        }
+        self.prepare_entry();
+        Next::Resume
+    }
+}
+
+impl Vcpu {
+    fn answer(&mut self, exit: Exit, registers: &mut GeneralRegisters) -> Result<(), Exception> {
+        match exit {
+            Exit::Cpuid => {
+                let result = self
+                    .cpuid
+                    .lookup(registers.rax as u32, registers.rcx as u32);
+                registers.rax = result[0].into();
+                registers.rbx = result[1].into();
+                registers.rcx = result[2].into();
+                registers.rdx = result[3].into();
+                self.skip_instruction();
+            }
+            Exit::Rdmsr => self.rdmsr(registers)?,
+            Exit::Wrmsr => self.wrmsr(registers)?,
+            Exit::Io(access) => self.port(access, registers)?,
+            Exit::ControlRegister(access) => self.control_register(access, registers)?,
+            Exit::EptViolation(violation) => self.ept_violation(violation, registers)?,
+            Exit::Hlt => {
+                self.skip_instruction();
+                self.leave = Some(Leave::Halt);
+            }
+            Exit::Xsetbv => self.xsetbv(registers)?,
+            Exit::Vmcall => {
+                registers.rax = NO_SUCH_HYPERCALL;
+                self.skip_instruction();
+            }
+            Exit::ExternalInterrupt(vector) => interrupts::dispatch(vector),
+            Exit::ExceptionOrNmi(info) => self.exception_or_nmi(info),
+            // Reached: `prepare_entry` does what they were waited for.
+            Exit::PreemptionTimer
+            | Exit::InterruptWindow
+            | Exit::NmiWindow
+            | Exit::TprBelowThreshold => {}
+            // Caches are the host's: no device of the guest reads memory behind them.
+            Exit::CacheInvalidation | Exit::Pause | Exit::Invlpg => self.skip_instruction(),
+            // The guest has no performance counters.
+            Exit::Rdpmc => return Err(Exception::GeneralProtection),
+            Exit::VmxInstruction | Exit::Mwait | Exit::Monitor | Exit::DebugRegister => {
+                return Err(Exception::InvalidOpcode);
+            }
+            Exit::TripleFault => self.end(End::TripleFault),
+            Exit::TaskSwitch => self.end(End::Unsupported("a hardware task switch")),
+            // The host's CPUs get neither while a guest runs on them.
+            Exit::Init => self.end(End::Unsupported("an INIT signal")),
+            Exit::StartUp => self.end(End::Unsupported("a start-up IPI")),
+            Exit::EptMisconfiguration(gpa) => self.end(End::EptMisconfiguration(gpa)),
+            Exit::EntryFailure {
+                reason,
+                qualification,
+            } => self.end(End::EntryFailure {
+                reason,
+                qualification,
+            }),
+            Exit::Unexpected {
+                reason,
+                qualification,
+            } => self.end(End::UnexpectedExit {
+                reason,
+                qualification,
+            }),
+        }
+        Ok(())
+    }
+
+    fn exception_or_nmi(&mut self, info: InterruptionInfo) {
+        self.keep_interrupted_event();
+        if info.is_nmi() {
+            interrupts::nmi();
+        } else {
+            self.end(End::Unsupported("an exception that was not asked for"));
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! Port I/O.
+
+use super::Vcpu;
+use super::events::Exception;
+use super::run::End;
+use crate::addr::Gva;
+use crate::arch::registers::GeneralRegisters;
+use crate::devices::{Width, chipset::Request, pc};
+use crate::host::console;
+use crate::vmx::exit::IoAccess;
+use crate::vmx::vmcs::{guest, information};
+
+const RFLAGS_DF: u64 = 1 << 10;
+
+impl Vcpu {
+    pub(super) fn port(
+        &mut self,
+        access: IoAccess,
+        registers: &mut GeneralRegisters,
+    ) -> Result<(), Exception> {
+        let Some(width) = Width::from_bytes(access.bytes.into()) else {
+            return Err(Exception::GeneralProtection);
+        };
+        if access.string {
+            return self.string_port(access, width, registers);
+        }
+        if access.input {
+            let value = u64::from(self.port_in(access.port, width));
+            // A 32-bit result clears the upper half; smaller ones leave the rest (SDM 1, 3.4.1.1).
+            registers.rax = if width == Width::Dword {
+                value
+            } else {
+                registers.rax & !width.mask() | value & width.mask()
+            };
+        } else {
+            self.port_out(access.port, width, registers.rax as u32);
+        }
+        self.skip_instruction();
+        Ok(())
+    }
+
+    /// One element of INS or OUTS; with a repeat prefix the instruction is
+    /// executed again for the next, so that interrupts come in between.
+    fn string_port(
+        &mut self,
+        access: IoAccess,
+        width: Width,
+        registers: &mut GeneralRegisters,
+    ) -> Result<(), Exception> {
+        // Address size: bits 9:7 of the instruction information (SDM 3, table 28-8).
+        let size = self.vmcs.read(information::INSTRUCTION_INFO) >> 7 & 7;
+        let mask = match size {
+            0 => 0xffff,
+            1 => 0xffff_ffff,
+            _ => u64::MAX,
+        };
+        if access.repeated && registers.rcx & mask == 0 {
+            self.skip_instruction();
+            return Ok(());
+        }
+        let linear = Gva(self.vmcs.read(information::GUEST_LINEAR_ADDRESS));
+        if access.input {
+            let value = self.port_in(access.port, width).to_le_bytes();
+            let bytes = value.get(..width.bytes() as usize).unwrap_or_default();
+            self.write_linear(linear, bytes)?;
+        } else {
+            let mut value = [0; 4];
+            let bytes = value.get_mut(..width.bytes() as usize).unwrap_or_default();
+            self.read_linear(linear, bytes)?;
+            self.port_out(access.port, width, u32::from_le_bytes(value));
+        }
+        let step = if self.vmcs.read(guest::RFLAGS) & RFLAGS_DF == 0 {
+            width.bytes()
+        } else {
+            width.bytes().wrapping_neg()
+        };
+        let index = if access.input {
+            &mut registers.rdi
+        } else {
+            &mut registers.rsi
+        };
+        *index = *index & !mask | index.wrapping_add(step) & mask;
+        if access.repeated {
+            let left = registers.rcx.wrapping_sub(1) & mask;
+            registers.rcx = registers.rcx & !mask | left;
+            if left != 0 {
+                return Ok(());
+            }
+        }
+        self.skip_instruction();
+        Ok(())
+    }
+
+    fn port_in(&mut self, port: u16, width: Width) -> u32 {
+        let now = self.now();
+        self.vm.chipset.lock().port_read(now, port, width)
+    }
+
+    fn port_out(&mut self, port: u16, width: Width, value: u32) {
+        let now = self.now();
+        let request = self.vm.chipset.lock().port_write(now, port, width, value);
+        match request {
+            None => {}
+            Some(Request::PowerOff) => self.end(End::PowerOff),
+            Some(Request::Reset) => self.end(End::Reset),
+        }
+        if (pc::COM1..pc::COM1 + 8).contains(&port) {
+            self.pump_console();
+        }
+    }
+
+    /// Moves bytes between the guest's COM1 and the host's console, as many as
+    /// both sides take.
+    pub(super) fn pump_console(&mut self) {
+        let now = self.now();
+        let mut chipset = self.vm.chipset.lock();
+        let mut space = console::write_space();
+        while space > 0
+            && let Some(byte) = chipset.serial_output()
+        {
+            console::write(&[byte]);
+            space -= 1;
+        }
+        // A byte that the receiver has no room for is offered again later.
+        while let Some(byte) = self.console_input.take().or_else(console::read) {
+            if !chipset.serial_input(now, byte) {
+                self.console_input = Some(byte);
+                break;
+            }
+        }
+    }
+}

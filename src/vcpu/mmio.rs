@@ -1,0 +1,309 @@
+//! EPT violations: memory that is mapped on first use, and device registers in memory.
+
+use super::Vcpu;
+use super::emulate::{self, Bus, EmulateError, Mode, Segment};
+use super::events::Exception;
+use super::run::End;
+use super::walk::{self, Operation, Paging, PhysicalRead, WalkError};
+use crate::addr::{Gpa, Gva, PAGE_SIZE};
+use crate::arch::registers::GeneralRegisters;
+use crate::devices::local_apic::{Action, Mode as ApicMode};
+use crate::devices::{Width, pc};
+use crate::vm::machine::Unmapped;
+use crate::vm::memory::GuestMemory;
+use crate::vmx::exit::EptViolation;
+use crate::vmx::vmcs::guest;
+
+/// The longest instruction (SDM 2, 2.3.11).
+const INSTRUCTION_MAX: usize = 15;
+const RIGHTS_LONG: u32 = 1 << 13;
+const RIGHTS_DEFAULT_BIG: u32 = 1 << 14;
+const EFER_LMA: u64 = 1 << 10;
+
+impl PhysicalRead for GuestMemory {
+    fn read_u64(&self, gpa: Gpa) -> Option<u64> {
+        GuestMemory::read_u64(self, gpa).ok()
+    }
+
+    fn read_u32(&self, gpa: Gpa) -> Option<u32> {
+        GuestMemory::read_u32(self, gpa).ok()
+    }
+}
+
+impl Vcpu {
+    pub(super) fn ept_violation(
+        &mut self,
+        violation: EptViolation,
+        registers: &mut GeneralRegisters,
+    ) -> Result<(), Exception> {
+        self.keep_interrupted_event();
+        match self.vm.map_page(violation.gpa) {
+            Ok(()) => Ok(()),
+            Err(Unmapped::NoSlot) => self.device_access(violation, registers),
+            Err(Unmapped::Ept(error)) => {
+                self.end(End::Ept(error));
+                Ok(())
+            }
+        }
+    }
+
+    fn device_access(
+        &mut self,
+        violation: EptViolation,
+        registers: &mut GeneralRegisters,
+    ) -> Result<(), Exception> {
+        if violation.execute || !violation.final_access {
+            // Code or page tables where there is no memory.
+            self.end(End::NoMemory(violation.gpa));
+            return Ok(());
+        }
+        let mut bytes = [0; INSTRUCTION_MAX];
+        let rip = self.vmcs.read(guest::RIP);
+        let code_rights = self.vmcs.read(guest::CS_ACCESS_RIGHTS);
+        let long = self.vmcs.read(guest::EFER) & EFER_LMA != 0 && code_rights & RIGHTS_LONG != 0;
+        let mode = if long {
+            Mode::Bits64
+        } else if code_rights & RIGHTS_DEFAULT_BIG != 0 {
+            Mode::Bits32
+        } else {
+            Mode::Bits16
+        };
+        let start = if long {
+            rip
+        } else {
+            self.vmcs.read(guest::CS_BASE).wrapping_add(rip) & 0xffff_ffff
+        };
+        let fetched = self.fetch(Gva(start), &mut bytes)?;
+        let access = if violation.write {
+            emulate::Access::Write
+        } else {
+            emulate::Access::Read
+        };
+        registers.rsp = self.vmcs.read(guest::RSP);
+        let mut rflags = self.vmcs.read(guest::RFLAGS);
+        let mut bus = DeviceBus {
+            gpa: violation.gpa,
+            long,
+            fault: None,
+            vcpu: self,
+        };
+        let code = bytes.get(..fetched).unwrap_or_default();
+        let outcome = emulate::emulate(code, mode, access, registers, &mut rflags, &mut bus);
+        let fault = bus.fault.take();
+        match outcome {
+            Ok(outcome) => {
+                self.vmcs.write(guest::RFLAGS, rflags);
+                self.vmcs.write(guest::RSP, registers.rsp);
+                if outcome.advance != 0 {
+                    self.advance_rip(outcome.advance.into());
+                }
+                Ok(())
+            }
+            Err(EmulateError::Memory) => Err(fault.unwrap_or(Exception::GeneralProtection)),
+            Err(EmulateError::Undecodable | EmulateError::Unsupported) => {
+                self.end(End::Instruction {
+                    rip: Gva(start),
+                    bytes,
+                    gpa: violation.gpa,
+                });
+                Ok(())
+            }
+        }
+    }
+
+    fn paging(&self) -> Paging {
+        Paging {
+            cr0: self.cr0(),
+            cr3: self.vmcs.read(guest::CR3),
+            cr4: self.cr4(),
+            efer: self.vmcs.read(guest::EFER),
+            rflags: self.vmcs.read(guest::RFLAGS),
+            physical_bits: self.cpuid.physical_address_bits(),
+        }
+    }
+
+    fn translate(&self, address: Gva, operation: Operation) -> Result<Gpa, Exception> {
+        let access = walk::Access {
+            operation,
+            user: self.cpl() == 3,
+        };
+        match walk::walk(&self.vm.memory, &self.paging(), address, access) {
+            Ok(translation) => Ok(translation.gpa),
+            Err(WalkError::PageFault(error_code)) => Err(Exception::PageFault {
+                error_code,
+                address: address.0,
+            }),
+            Err(WalkError::NonCanonical | WalkError::NoMemory(_)) => {
+                Err(Exception::GeneralProtection)
+            }
+        }
+    }
+
+    /// Fetches up to 15 bytes of code; fewer where the next page has none.
+    fn fetch(&self, address: Gva, bytes: &mut [u8; INSTRUCTION_MAX]) -> Result<usize, Exception> {
+        let mut done = 0;
+        while done < INSTRUCTION_MAX {
+            let at = address.wrapping_add(done as u64);
+            let gpa = match self.translate(at, Operation::Execute) {
+                Ok(gpa) => gpa,
+                Err(_) if done > 0 => break,
+                Err(exception) => return Err(exception),
+            };
+            let in_page = (PAGE_SIZE - at.offset_in(PAGE_SIZE)) as usize;
+            let end = INSTRUCTION_MAX.min(done + in_page);
+            let Some(part) = bytes.get_mut(done..end) else {
+                break;
+            };
+            if self.vm.memory.read(gpa, part).is_err() {
+                break;
+            }
+            done = end;
+        }
+        Ok(done)
+    }
+
+    /// Reads at a linear address, with the guest's own rights.
+    pub(super) fn read_linear(&self, address: Gva, bytes: &mut [u8]) -> Result<(), Exception> {
+        // Byte by byte: such operands are at most eight bytes and may straddle pages.
+        for (offset, byte) in (0..).zip(bytes) {
+            let gpa = self.translate(address.wrapping_add(offset), Operation::Read)?;
+            let mut one = [0];
+            // Where there is no memory the bus reads all ones.
+            *byte = self.vm.memory.read(gpa, &mut one).map_or(0xff, |()| one[0]);
+        }
+        Ok(())
+    }
+
+    /// Writes at a linear address, with the guest's own rights.
+    pub(super) fn write_linear(&self, address: Gva, bytes: &[u8]) -> Result<(), Exception> {
+        for offset in 0..bytes.len() as u64 {
+            self.translate(address.wrapping_add(offset), Operation::Write)?;
+        }
+        for (offset, byte) in (0..).zip(bytes) {
+            let gpa = self.translate(address.wrapping_add(offset), Operation::Write)?;
+            // Where there is no memory the write vanishes.
+            let _ = self.vm.memory.write(gpa, &[*byte]);
+        }
+        Ok(())
+    }
+
+    fn device_read(&mut self, gpa: Gpa, width: Width) -> u64 {
+        let now = self.now();
+        let offset = gpa.offset_in(PAGE_SIZE);
+        match self.device_at(gpa) {
+            Device::LocalApic => self.apic.mmio_read(now, offset, width),
+            Device::IoApic => self.vm.chipset.lock().io_apic_read(now, offset, width),
+            Device::Nothing => width.mask(),
+        }
+    }
+
+    fn device_write(&mut self, gpa: Gpa, width: Width, value: u64) {
+        let now = self.now();
+        let offset = gpa.offset_in(PAGE_SIZE);
+        match self.device_at(gpa) {
+            Device::LocalApic => {
+                let action = self.apic.mmio_write(now, offset, width, value);
+                self.act(action);
+            }
+            Device::IoApic => self
+                .vm
+                .chipset
+                .lock()
+                .io_apic_write(now, offset, width, value),
+            Device::Nothing => {}
+        }
+    }
+
+    fn device_at(&self, gpa: Gpa) -> Device {
+        let page = gpa.align_down(PAGE_SIZE).0;
+        if self.apic.mode() == ApicMode::XApic && page == self.apic.base_msr() & !0xfff {
+            Device::LocalApic
+        } else if page == pc::IO_APIC_BASE {
+            Device::IoApic
+        } else {
+            Device::Nothing
+        }
+    }
+
+    /// What the local APIC asks for after a register write.
+    pub(super) fn act(&mut self, action: Option<Action>) {
+        match action {
+            None => {}
+            Some(Action::Send(message)) => self.deliver(message, true),
+            Some(Action::BroadcastEoi(vector)) => self.vm.chipset.lock().eoi(vector),
+        }
+    }
+}
+
+enum Device {
+    LocalApic,
+    IoApic,
+    Nothing,
+}
+
+/// The access of one instruction: the device at `gpa`, and the guest's memory.
+struct DeviceBus<'a> {
+    vcpu: &'a mut Vcpu,
+    gpa: Gpa,
+    long: bool,
+    fault: Option<Exception>,
+}
+
+impl DeviceBus<'_> {
+    fn linear(&self, segment: Segment, offset: u64) -> Gva {
+        let vmcs = &self.vcpu.vmcs;
+        let base = match segment {
+            Segment::Fs => vmcs.read(guest::FS_BASE),
+            Segment::Gs => vmcs.read(guest::GS_BASE),
+            _ if self.long => 0,
+            Segment::Es => vmcs.read(guest::ES_BASE),
+            Segment::Cs => vmcs.read(guest::CS_BASE),
+            Segment::Ss => vmcs.read(guest::SS_BASE),
+            Segment::Ds => vmcs.read(guest::DS_BASE),
+        };
+        let linear = base.wrapping_add(offset);
+        Gva(if self.long {
+            linear
+        } else {
+            linear & 0xffff_ffff
+        })
+    }
+
+    fn note<T>(&mut self, result: Result<T, Exception>) -> Result<T, EmulateError> {
+        result.map_err(|exception| {
+            self.fault = Some(exception);
+            EmulateError::Memory
+        })
+    }
+}
+
+impl Bus for DeviceBus<'_> {
+    fn read(&mut self, width: Width) -> u64 {
+        self.vcpu.device_read(self.gpa, width)
+    }
+
+    fn write(&mut self, width: Width, value: u64) {
+        self.vcpu.device_write(self.gpa, width, value);
+    }
+
+    fn load(&mut self, segment: Segment, offset: u64, width: Width) -> Result<u64, EmulateError> {
+        let mut bytes = [0; 8];
+        let part = bytes.get_mut(..width.bytes() as usize).unwrap_or_default();
+        let result = self.vcpu.read_linear(self.linear(segment, offset), part);
+        self.note(result)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    fn store(
+        &mut self,
+        segment: Segment,
+        offset: u64,
+        width: Width,
+        value: u64,
+    ) -> Result<(), EmulateError> {
+        let bytes = value.to_le_bytes();
+        let part = bytes.get(..width.bytes() as usize).unwrap_or_default();
+        let result = self.vcpu.write_linear(self.linear(segment, offset), part);
+        self.note(result)
+    }
+}

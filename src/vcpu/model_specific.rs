@@ -1,0 +1,152 @@
+//! RDMSR and WRMSR: what [`super::msr`] leaves to the vCPU.
+
+use super::Vcpu;
+use super::events::Exception;
+use super::msr::{GeneralProtection, Held, MsrRead, MsrWrite};
+use super::pvclock::{self, Scale, SystemTime, TimeInfo};
+use crate::arch::registers::GeneralRegisters;
+use crate::devices::clock::NANOS;
+use crate::devices::local_apic::{Fault, Mode};
+use crate::vmx::vmcs::{control, guest};
+
+const EFER_LME: u64 = 1 << 8;
+const EFER_LMA: u64 = 1 << 10;
+const CR0_PG: u64 = 1 << 31;
+/// MSR of x2APIC register 0.
+const X2APIC: u32 = 0x800;
+
+impl From<GeneralProtection> for Exception {
+    fn from(_: GeneralProtection) -> Self {
+        Self::GeneralProtection
+    }
+}
+
+impl From<Fault> for Exception {
+    fn from(_: Fault) -> Self {
+        Self::GeneralProtection
+    }
+}
+
+impl Vcpu {
+    pub(super) fn rdmsr(&mut self, registers: &mut GeneralRegisters) -> Result<(), Exception> {
+        let value = match self.msrs.read(registers.rcx as u32)? {
+            MsrRead::Value(value) => value,
+            MsrRead::Held(held) => self.read_held(held)?,
+        };
+        registers.set_edx_eax(value);
+        self.skip_instruction();
+        Ok(())
+    }
+
+    pub(super) fn wrmsr(&mut self, registers: &mut GeneralRegisters) -> Result<(), Exception> {
+        let value = registers.edx_eax();
+        match self.msrs.write(registers.rcx as u32, value)? {
+            MsrWrite::Done => {}
+            MsrWrite::Held(held, value) => self.write_held(held, value)?,
+        }
+        self.skip_instruction();
+        Ok(())
+    }
+
+    fn read_held(&mut self, held: Held) -> Result<u64, Exception> {
+        let now = self.now();
+        Ok(match held {
+            Held::Efer => self.vmcs.read(guest::EFER),
+            Held::Pat => self.vmcs.read(guest::PAT),
+            Held::ApicBase => self.apic.base_msr(),
+            Held::Tsc => now.0,
+            Held::TscAdjust => self.tsc_adjust,
+            Held::TscDeadline => self.apic.tsc_deadline(now),
+            Held::DebugCtl => self.vmcs.read(guest::DEBUGCTL),
+            Held::X2Apic(register) => self.apic.msr_read(now, X2APIC + u32::from(register))?,
+            Held::KvmWallClock => self.wall_clock,
+            Held::KvmSystemTime => self.system_time,
+        })
+    }
+
+    fn write_held(&mut self, held: Held, value: u64) -> Result<(), Exception> {
+        let now = self.now();
+        match held {
+            Held::Efer => self.write_efer(value)?,
+            Held::Pat => self.vmcs.write(guest::PAT, value),
+            Held::ApicBase => {
+                self.apic.set_base_msr(now, value)?;
+                self.cpuid
+                    .set_apic_enabled(self.apic.mode() != Mode::Disabled);
+            }
+            // A write moves TSC_ADJUST by as much, and the other way round (SDM 3, 18.17.3).
+            Held::Tsc => {
+                let change = value.wrapping_sub(now.0);
+                self.tsc_adjust = self.tsc_adjust.wrapping_add(change);
+                self.shift_tsc(change);
+            }
+            Held::TscAdjust => {
+                let change = value.wrapping_sub(self.tsc_adjust);
+                self.tsc_adjust = value;
+                self.shift_tsc(change);
+            }
+            Held::TscDeadline => self.apic.set_tsc_deadline(now, value),
+            Held::DebugCtl => self.vmcs.write(guest::DEBUGCTL, value),
+            Held::X2Apic(register) => {
+                let action = self
+                    .apic
+                    .msr_write(now, X2APIC + u32::from(register), value)?;
+                self.act(action);
+            }
+            Held::KvmWallClock => {
+                let address = pvclock::wall_clock_address(value)?;
+                self.wall_clock = value;
+                let version = pvclock::next_version(self.vm.memory.read_u32(address).unwrap_or(0));
+                let bytes = pvclock::wall_clock_bytes(version, self.vm.wall_clock);
+                // An address without memory is the guest's mistake and gets nothing.
+                let _ = self.vm.memory.write(address, &bytes);
+            }
+            Held::KvmSystemTime => {
+                let system_time = SystemTime::from_msr(value)?;
+                self.system_time = value;
+                if let SystemTime::At(_) = system_time {
+                    self.write_system_time();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn write_efer(&mut self, value: u64) -> Result<(), Exception> {
+        let old = self.vmcs.read(guest::EFER);
+        if (value ^ old) & EFER_LME != 0 && self.cr0() & CR0_PG != 0 {
+            return Err(Exception::GeneralProtection);
+        }
+        self.vmcs
+            .write(guest::EFER, value & !EFER_LMA | old & EFER_LMA);
+        Ok(())
+    }
+
+    fn shift_tsc(&mut self, change: u64) {
+        self.tsc_offset = self.tsc_offset.wrapping_add(change);
+        self.vmcs.write(control::TSC_OFFSET, self.tsc_offset);
+        self.write_system_time();
+    }
+
+    /// Fills the guest's paravirtual clock, if it asked for one.
+    fn write_system_time(&mut self) {
+        let Ok(SystemTime::At(address)) = SystemTime::from_msr(self.system_time) else {
+            return;
+        };
+        let now = self.now();
+        // Host time since the start, whatever the guest did to its counter.
+        let elapsed = now
+            .0
+            .wrapping_sub(self.tsc_offset)
+            .wrapping_sub(self.vm.started.0);
+        self.system_time_version = pvclock::next_version(self.system_time_version);
+        let info = TimeInfo {
+            version: self.system_time_version,
+            tsc_timestamp: now.0,
+            system_time: self.clock.cycles(elapsed, NANOS),
+            scale: Scale::new(self.clock.hz()),
+        };
+        // An address without memory is the guest's mistake and gets nothing.
+        let _ = self.vm.memory.write(address, &info.to_bytes());
+    }
+}

@@ -1,0 +1,253 @@
+//! The run loop: into the guest, and whatever an exit could not answer on its
+//! own: waiting, and the end.
+
+use super::{Leave, Vcpu};
+use crate::addr::{Gpa, Gva};
+use crate::arch::cpu;
+use crate::devices::Ticks;
+use crate::host::time;
+use crate::vm::boot::EntryState;
+use crate::vmx::check::{self, FieldReader};
+use crate::vmx::entry::{Entry, Left};
+use crate::vmx::ept::EptError;
+use crate::vmx::error::{EntryFailure, VmInstructionError};
+use crate::vmx::vmcs::{Vmcs, guest, information};
+use core::fmt;
+
+/// How a guest ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    PowerOff,
+    Reset,
+    TripleFault,
+    /// HLT with interrupts off, and nobody to wake it.
+    HaltedForever,
+    /// Code or page tables where the guest has no memory.
+    NoMemory(Gpa),
+    /// An instruction that touches a device and is not emulated.
+    Instruction {
+        rip: Gva,
+        bytes: [u8; 15],
+        gpa: Gpa,
+    },
+    /// Something that guests may do and this hypervisor cannot yet.
+    Unsupported(&'static str),
+    Ept(EptError),
+    EptMisconfiguration(Gpa),
+    EntryFailure {
+        reason: u32,
+        qualification: u64,
+    },
+    /// VMLAUNCH or VMRESUME failed; `None` without a current VMCS.
+    EntryRefused(Option<VmInstructionError>),
+    UnexpectedExit {
+        reason: u32,
+        qualification: u64,
+    },
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PowerOff => f.write_str("powered off"),
+            Self::Reset => f.write_str("reset"),
+            Self::TripleFault => f.write_str("stopped: triple fault"),
+            Self::HaltedForever => f.write_str("stopped: halted with interrupts off"),
+            Self::NoMemory(gpa) => {
+                write!(
+                    f,
+                    "stopped: code or page tables at {gpa}, where it has no memory"
+                )
+            }
+            Self::Instruction { rip, bytes, gpa } => {
+                write!(
+                    f,
+                    "stopped: the instruction at {rip}, which accesses {gpa}, is not emulated:"
+                )?;
+                bytes.iter().try_for_each(|byte| write!(f, " {byte:02x}"))
+            }
+            Self::Unsupported(what) => write!(f, "stopped: {what} is not supported"),
+            Self::Ept(error) => write!(f, "stopped: no extended page tables: {error:?}"),
+            Self::EptMisconfiguration(gpa) => write!(f, "stopped: EPT misconfiguration at {gpa}"),
+            Self::EntryFailure {
+                reason,
+                qualification,
+            } => match EntryFailure::decode(*reason | 1 << 31, *qualification) {
+                Some(failure) => write!(f, "stopped: {failure}"),
+                None => write!(f, "stopped: VM entry failed with reason {reason}"),
+            },
+            Self::EntryRefused(Some(error)) => write!(f, "stopped: VM entry refused: {error}"),
+            Self::EntryRefused(None) => f.write_str("stopped: VM entry without a current VMCS"),
+            Self::UnexpectedExit {
+                reason,
+                qualification,
+            } => write!(
+                f,
+                "stopped: unexpected VM exit {reason}, qualification {qualification:#x}"
+            ),
+        }
+    }
+}
+
+impl Vcpu {
+    /// Runs the guest to its end.
+    pub fn run(&mut self, entry: &mut Entry, start: &EntryState) -> End {
+        *entry.registers() = super::state::entry_registers(start);
+        // The guest's XCR0 lives in the register; so does its reset value.
+        if self.cpuid.xcr0_supported() != 0 {
+            // SAFETY: x87 state alone is always valid.
+            unsafe { cpu::set_xcr0(1) };
+        }
+        loop {
+            self.prepare_entry();
+            let left = entry.run(self);
+            match left {
+                Left::Handler => {}
+                Left::FailInvalid => return self.failed(End::EntryRefused(None)),
+                Left::FailValid => {
+                    let error = self.vmcs.read(information::INSTRUCTION_ERROR);
+                    return self.failed(End::EntryRefused(Some(VmInstructionError(error))));
+                }
+            }
+            match self.leave.take() {
+                None => {}
+                Some(Leave::Halt) if self.wait() => {}
+                Some(Leave::Halt) => return self.failed(End::HaltedForever),
+                Some(Leave::End(end)) => return self.failed(end),
+            }
+        }
+    }
+
+    /// Everything that has to be right before the guest runs on: devices brought
+    /// up to now, their interrupts delivered, one event chosen, the timer set.
+    pub(super) fn prepare_entry(&mut self) {
+        let now = self.now();
+        self.advance(now);
+        self.inject();
+        self.set_timer(now);
+    }
+
+    fn advance(&mut self, now: Ticks) {
+        if self.apic.deadline().is_some_and(|deadline| deadline <= now) {
+            self.apic.advance(now);
+        }
+        self.pump_console();
+        let mut messages = arrayvec::ArrayVec::<_, 24>::new();
+        {
+            let mut chipset = self.vm.chipset.lock();
+            if chipset.deadline().is_some_and(|deadline| deadline <= now) {
+                chipset.advance(now);
+            }
+            while !messages.is_full()
+                && let Some(message) = chipset.take_message()
+            {
+                messages.push(message);
+            }
+        }
+        for message in messages {
+            self.deliver(message, false);
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Ticks> {
+        let chipset = self.vm.chipset.lock().deadline();
+        match (self.apic.deadline(), chipset) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        }
+    }
+
+    /// Makes the guest exit at the next deadline.
+    fn set_timer(&mut self, now: Ticks) {
+        let ticks = self
+            .next_deadline()
+            .map_or(u64::MAX, |deadline| deadline.0.saturating_sub(now.0));
+        if self.vmx.controls.has_preemption_timer() {
+            // Rounded up: an exit before the deadline would only come back.
+            let shift = self.vmx.capabilities.preemption_timer_shift();
+            let count = (ticks >> shift).saturating_add(1);
+            self.vmcs.write(
+                guest::PREEMPTION_TIMER,
+                u32::try_from(count).unwrap_or(u32::MAX),
+            );
+        } else if ticks != u64::MAX {
+            time::arm(ticks);
+        }
+    }
+
+    /// Waits in HLT until the guest has something to do; false if it never will.
+    fn wait(&mut self) -> bool {
+        loop {
+            let now = self.now();
+            self.advance(now);
+            if self.has_wake_event() {
+                return true;
+            }
+            if self.interrupts_are_off() {
+                return false;
+            }
+            if let Some(deadline) = self.next_deadline() {
+                time::arm(deadline.0.saturating_sub(now.0));
+            }
+            cpu::wait_for_interrupt();
+        }
+    }
+
+    /// Reports what was wrong with the state when an entry failed.
+    fn failed(&self, end: End) -> End {
+        match end {
+            End::PowerOff | End::Reset => {}
+            End::EntryFailure { .. } | End::EntryRefused(_) => {
+                for violation in check::check(&Fields(&self.vmcs), &self.check_capabilities()) {
+                    log::error!("vm {}: {violation}", self.vm.name);
+                }
+            }
+            _ => self.report_registers(),
+        }
+        end
+    }
+
+    fn report_registers(&self) {
+        let read = |field| self.vmcs.read(field);
+        log::info!(
+            "vm {}: rip {:#x} rsp {:#x} rflags {:#x} cr0 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x}",
+            self.vm.name,
+            read(guest::RIP),
+            read(guest::RSP),
+            read(guest::RFLAGS),
+            self.cr0(),
+            read(guest::CR3),
+            self.cr4(),
+            read(guest::EFER)
+        );
+    }
+
+    fn check_capabilities(&self) -> check::Capabilities {
+        let own = &self.vmx.capabilities;
+        check::Capabilities {
+            basic: own.basic,
+            pin_based: own.pin.0,
+            primary: own.primary.0,
+            secondary: own.secondary.0,
+            exit: own.exit.0,
+            entry: own.entry.0,
+            misc: own.misc,
+            cr0_fixed0: own.cr0_fixed0,
+            cr0_fixed1: own.cr0_fixed1,
+            cr4_fixed0: own.cr4_fixed0,
+            cr4_fixed1: own.cr4_fixed1,
+            ept_vpid: own.ept_vpid,
+            vm_functions: 0,
+            physical_address_width: self.cpuid.physical_address_bits(),
+            linear_address_width: 48,
+        }
+    }
+}
+
+struct Fields<'a>(&'a Vmcs);
+
+impl FieldReader for Fields<'_> {
+    fn read(&self, encoding: u32) -> u64 {
+        self.0.read_raw(encoding)
+    }
+}

@@ -1,0 +1,289 @@
+//! A new vCPU: its VMCS from control words, host state, and what the boot
+//! protocol wants the guest to start with.
+
+use super::Vcpu;
+use super::control_registers;
+use super::cpuid::{self, CpuidTable};
+use super::events::Pending;
+use super::msr::{self, Msrs};
+use crate::addr::Hva;
+use crate::arch::registers::GeneralRegisters;
+use crate::devices::local_apic::{APIC_TIMER_HZ, LocalApic};
+use crate::devices::pc;
+use crate::host::descriptors;
+use crate::host::memory::paging::{self, MapError};
+use crate::vm::boot::{EntryMode, EntryState};
+use crate::vm::machine::Vm;
+use crate::vmx::bitmap::{IoBitmap, MsrAccess, MsrBitmap};
+use crate::vmx::entry::Entry;
+use crate::vmx::ept::EptError;
+use crate::vmx::host_state;
+use crate::vmx::operation::{self, Vmx, VmxError};
+use crate::vmx::vmcs::{Vmcs, control, guest};
+use crate::vmx::vpid::Vpid;
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use core::fmt;
+use x86::vmx::vmcs::control::{EntryControls, PrimaryControls, SecondaryControls};
+
+/// The pages that the CPU consults at RDMSR, WRMSR, IN and OUT.
+pub(super) struct Bitmaps {
+    msr: MsrBitmap,
+    io: IoBitmap,
+}
+
+/// Why a vCPU could not be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SetupError {
+    OutOfMemory,
+    Stack(MapError),
+    Ept(EptError),
+    Vmx(VmxError),
+}
+
+impl fmt::Display for SetupError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OutOfMemory => f.write_str("no memory is left for a virtual CPU"),
+            Self::Stack(error) => write!(f, "no stack for a virtual CPU: {error:?}"),
+            Self::Ept(error) => write!(f, "no extended page tables: {error:?}"),
+            Self::Vmx(error) => write!(f, "the VMCS is refused: {error:?}"),
+        }
+    }
+}
+
+impl core::error::Error for SetupError {}
+
+/// Access rights of flat segments (SDM 3, 25.4.1): type, S, P, and L, D/B, G.
+mod rights {
+    pub const CODE_64: u32 = 0xa09b;
+    pub const CODE_32: u32 = 0xc09b;
+    pub const DATA: u32 = 0xc093;
+    pub const BUSY_TSS: u32 = 0x8b;
+    pub const UNUSABLE: u32 = 0x1_0000;
+}
+
+const CR0_PE: u64 = 1;
+const CR0_ET: u64 = 1 << 4;
+const CR0_NE: u64 = 1 << 5;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LONG_MODE: u64 = 1 << 8 | 1 << 10;
+/// Power-on value of IA32_PAT.
+const PAT_RESET: u64 = 0x0007_0406_0007_0406;
+const RFLAGS_RESET: u64 = 2;
+const DR7_RESET: u64 = 0x400;
+
+/// Where guest-physical address space is not RAM, for the guest's MTRRs.
+const MMIO: core::ops::Range<u64> = 0xc000_0000..0x1_0000_0000;
+
+impl Vcpu {
+    /// vCPU `id` of `vm`, current on this CPU, and its stack.
+    ///
+    /// # Errors
+    /// When memory runs out or the CPU refuses the VMCS.
+    pub fn new(
+        vm: Arc<Vm>,
+        id: u32,
+        vmx: Vmx,
+        vpid: Vpid,
+        entry: &EntryState,
+    ) -> Result<(Self, Entry), SetupError> {
+        let controls = vmx.controls;
+        let tsc_khz = u32::try_from(vm.clock.hz() / 1000).unwrap_or(u32::MAX);
+        let options = cpuid::Options {
+            vcpus: vm.vcpus,
+            tsc_khz,
+            apic_bus_khz: (APIC_TIMER_HZ / 1000) as u32,
+            rdtscp: controls.has(SecondaryControls::ENABLE_RDTSCP),
+            invpcid: controls.has(SecondaryControls::ENABLE_INVPCID),
+            xsaves: controls.has(SecondaryControls::ENABLE_XSAVES_XRSTORS),
+        };
+        let mut table = CpuidTable::new(host_cpuid, &options, id);
+        table.set_apic_enabled(true);
+        let mut msrs = Msrs::new(
+            &table,
+            msr::Options {
+                bios_sign_id: 0,
+                tsc_khz,
+            },
+        );
+        msrs.set_firmware_mtrrs(MMIO);
+
+        let region = operation::region(&vmx.capabilities).ok_or(SetupError::OutOfMemory)?;
+        // SAFETY: VMX operation is on (`vmx` says so), the page is new, and a CPU has one vCPU
+        // at a time.
+        let mut vmcs = unsafe { Vmcs::load(region) }.map_err(SetupError::Vmx)?;
+        host_state::write(&mut vmcs, descriptors::bootstrap());
+        let stack = Entry::new(&mut vmcs).map_err(SetupError::Stack)?;
+
+        let mut bitmaps = Box::new(Bitmaps {
+            msr: MsrBitmap::ALL,
+            io: IoBitmap::ALL,
+        });
+        for direct in msrs.direct() {
+            for (allowed, access) in [
+                (direct.read, MsrAccess::Read),
+                (direct.write, MsrAccess::Write),
+            ] {
+                if allowed {
+                    // An MSR without a bit goes on exiting, which is only slower.
+                    let _ = bitmaps.msr.set(direct.msr, access, false);
+                }
+            }
+        }
+        bitmaps.io.pass_through(pc::POST_CODE);
+
+        let mut vcpu = Self {
+            apic: LocalApic::new(id, id == 0, vm.clock),
+            cr4_allowed: cpuid::cr4_allowed(&table) & vmx.capabilities.cr4_fixed1,
+            cpuid: table,
+            msrs,
+            clock: vm.clock,
+            pending: Pending::default(),
+            tsc_offset: 0,
+            tsc_adjust: 0,
+            primary: controls.primary,
+            system_time: 0,
+            wall_clock: 0,
+            system_time_version: 0,
+            console_input: None,
+            leave: None,
+            counts: Box::new([0; crate::vmx::exit::REASONS]),
+            vm,
+            vmx,
+            vmcs,
+            vpid,
+            bitmaps,
+        };
+        vcpu.write_controls()?;
+        vcpu.write_guest_state(entry);
+        Ok((vcpu, stack))
+    }
+
+    fn write_controls(&mut self) -> Result<(), SetupError> {
+        let controls = self.vmx.controls;
+        let eptp = self.vm.ept_pointer().map_err(SetupError::Ept)?;
+        let physical = |address: *const u8| paging::to_phys(Hva(address as u64));
+        let msr = physical((&raw const self.bitmaps.msr).cast()).ok_or(SetupError::OutOfMemory)?;
+        let a = physical(self.bitmaps.io.a().as_ptr()).ok_or(SetupError::OutOfMemory)?;
+        let b = physical(self.bitmaps.io.b().as_ptr()).ok_or(SetupError::OutOfMemory)?;
+
+        let vmcs = &mut self.vmcs;
+        vmcs.write(control::PIN, controls.pin);
+        vmcs.write(control::PRIMARY, controls.primary);
+        vmcs.write(control::SECONDARY, controls.secondary);
+        vmcs.write(control::EXIT, controls.exit);
+        vmcs.write(control::ENTRY, controls.entry);
+        vmcs.write(control::EXCEPTION_BITMAP, 0);
+        vmcs.write(control::PAGE_FAULT_MASK, 0);
+        vmcs.write(control::PAGE_FAULT_MATCH, 0);
+        vmcs.write(control::CR3_TARGET_COUNT, 0);
+        vmcs.write(control::EXIT_MSR_STORE_COUNT, 0);
+        vmcs.write(control::EXIT_MSR_LOAD_COUNT, 0);
+        vmcs.write(control::ENTRY_MSR_LOAD_COUNT, 0);
+        vmcs.write(control::ENTRY_INTERRUPTION_INFO, 0);
+        vmcs.write(control::IO_BITMAP_A, a.0);
+        vmcs.write(control::IO_BITMAP_B, b.0);
+        vmcs.write(control::MSR_BITMAP, msr.0);
+        vmcs.write(control::TSC_OFFSET, self.tsc_offset);
+        vmcs.write(control::EPT_POINTER, eptp.bits());
+        if controls.has(SecondaryControls::ENABLE_VPID) {
+            vmcs.write(control::VPID, self.vpid.bits());
+        }
+        if controls.has(SecondaryControls::ENABLE_XSAVES_XRSTORS) {
+            vmcs.write(control::XSS_EXITING, 0);
+        }
+        vmcs.write(control::CR0_MASK, control_registers::CR0_OWNED);
+        vmcs.write(
+            control::CR4_MASK,
+            control_registers::cr4_owned(self.cr4_allowed),
+        );
+        debug_assert_ne!(
+            controls.primary & PrimaryControls::USE_MSR_BITMAPS.bits(),
+            0
+        );
+        Ok(())
+    }
+
+    fn write_guest_state(&mut self, entry: &EntryState) {
+        let long = matches!(entry.mode, EntryMode::Long64 { .. });
+        let vmcs = &mut self.vmcs;
+        let code = if long {
+            rights::CODE_64
+        } else {
+            rights::CODE_32
+        };
+        macro_rules! segment {
+            ($selector:ident $base:ident $limit:ident $rights:ident = $value:expr, $limits:expr, $access:expr) => {
+                vmcs.write(guest::$selector, $value);
+                vmcs.write(guest::$base, 0);
+                vmcs.write(guest::$limit, $limits);
+                vmcs.write(guest::$rights, $access);
+            };
+        }
+        let data = entry.data_selector;
+        let flat = u32::MAX;
+        segment!(CS_SELECTOR CS_BASE CS_LIMIT CS_ACCESS_RIGHTS = entry.code_selector, flat, code);
+        segment!(DS_SELECTOR DS_BASE DS_LIMIT DS_ACCESS_RIGHTS = data, flat, rights::DATA);
+        segment!(ES_SELECTOR ES_BASE ES_LIMIT ES_ACCESS_RIGHTS = data, flat, rights::DATA);
+        segment!(SS_SELECTOR SS_BASE SS_LIMIT SS_ACCESS_RIGHTS = data, flat, rights::DATA);
+        segment!(FS_SELECTOR FS_BASE FS_LIMIT FS_ACCESS_RIGHTS = data, flat, rights::DATA);
+        segment!(GS_SELECTOR GS_BASE GS_LIMIT GS_ACCESS_RIGHTS = data, flat, rights::DATA);
+        segment!(LDTR_SELECTOR LDTR_BASE LDTR_LIMIT LDTR_ACCESS_RIGHTS = 0, 0, rights::UNUSABLE);
+        segment!(TR_SELECTOR TR_BASE TR_LIMIT TR_ACCESS_RIGHTS = 0, 0x67, rights::BUSY_TSS);
+        vmcs.write(guest::GDTR_BASE, entry.gdt_base.0);
+        vmcs.write(guest::GDTR_LIMIT, u32::from(entry.gdt_limit));
+        vmcs.write(guest::IDTR_BASE, 0);
+        vmcs.write(guest::IDTR_LIMIT, 0);
+
+        let (cr0, cr3, cr4, efer) = match entry.mode {
+            EntryMode::Long64 { cr3 } => (CR0_PE | CR0_PG, cr3.0, CR4_PAE, EFER_LONG_MODE),
+            EntryMode::Protected32 => (CR0_PE, 0, 0, 0),
+        };
+        let cr0 = cr0 | CR0_ET | CR0_NE;
+        vmcs.write(guest::CR0, cr0);
+        vmcs.write(control::CR0_SHADOW, cr0);
+        vmcs.write(guest::CR3, cr3);
+        vmcs.write(
+            guest::CR4,
+            cr4 | control_registers::cr4_required(&self.vmx.capabilities),
+        );
+        vmcs.write(control::CR4_SHADOW, cr4);
+        vmcs.write(guest::EFER, efer);
+        let ia32e = if long {
+            EntryControls::IA32E_MODE_GUEST.bits()
+        } else {
+            0
+        };
+        vmcs.write(control::ENTRY, self.vmx.controls.entry | ia32e);
+        vmcs.write(guest::PAT, PAT_RESET);
+
+        vmcs.write(guest::RIP, entry.rip);
+        vmcs.write(guest::RSP, entry.rsp);
+        vmcs.write(guest::RFLAGS, RFLAGS_RESET);
+        vmcs.write(guest::DR7, DR7_RESET);
+        vmcs.write(guest::DEBUGCTL, 0);
+        vmcs.write(guest::SYSENTER_CS, 0);
+        vmcs.write(guest::SYSENTER_ESP, 0);
+        vmcs.write(guest::SYSENTER_EIP, 0);
+        vmcs.write(guest::LINK_POINTER, u64::MAX);
+        vmcs.write(guest::INTERRUPTIBILITY, 0);
+        vmcs.write(guest::ACTIVITY, 0);
+        vmcs.write(guest::PENDING_DEBUG, 0);
+    }
+}
+
+/// The general registers at entry.
+pub fn entry_registers(entry: &EntryState) -> GeneralRegisters {
+    GeneralRegisters {
+        rsi: entry.rsi,
+        rbx: entry.rbx,
+        ..GeneralRegisters::default()
+    }
+}
+
+fn host_cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
+    let result = core::arch::x86_64::__cpuid_count(leaf, subleaf);
+    [result.eax, result.ebx, result.ecx, result.edx]
+}

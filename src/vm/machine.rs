@@ -1,0 +1,119 @@
+//! A guest as a whole: what all its vCPUs share.
+
+use super::memory::GuestMemory;
+use crate::addr::Gpa;
+use crate::devices::chipset::{Chipset, ChipsetConfig};
+use crate::devices::{Clock, Ticks};
+use crate::vmx::capability::Capabilities;
+use crate::vmx::ept::{Ept, EptError, EptPointer, PageSize, Permissions};
+use crate::vmx::ept_frames::HostFrames;
+use crate::vmx::memory_type::{MemoryType, Mtrrs};
+use alloc::string::String;
+use spin::Mutex;
+
+/// One guest.
+pub struct Vm {
+    pub name: String,
+    pub vcpus: u32,
+    pub memory: GuestMemory,
+    pub chipset: Mutex<Chipset>,
+    /// Ticks a second of the guest's time-stamp counter.
+    pub clock: Clock,
+    /// Nanoseconds since 1970 when the guest's time-stamp counter was `started`.
+    pub wall_clock: u64,
+    pub started: Ticks,
+    ept: Mutex<Ept<HostFrames>>,
+    mtrrs: Mtrrs,
+}
+
+/// What a guest's memory depends on in the host.
+pub struct Host<'a> {
+    pub capabilities: &'a Capabilities,
+    /// Bits of a physical address.
+    pub address_width: u32,
+    /// As the firmware set them up.
+    pub mtrrs: Mtrrs,
+}
+
+/// Why a page could not be mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unmapped {
+    /// No slot has this address: a device, or nothing.
+    NoSlot,
+    Ept(EptError),
+}
+
+impl Vm {
+    /// A guest with this memory, and an empty EPT.
+    ///
+    /// # Errors
+    /// When no frame is left for the EPT.
+    pub fn new(
+        name: String,
+        vcpus: u32,
+        guest_memory: GuestMemory,
+        config: &ChipsetConfig,
+        clock: Clock,
+        host: Host<'_>,
+    ) -> Result<Self, EptError> {
+        let now = Ticks(crate::arch::cpu::rdtsc());
+        Ok(Self {
+            name,
+            vcpus,
+            memory: guest_memory,
+            chipset: Mutex::new(Chipset::new(clock, now, config)),
+            clock,
+            wall_clock: config
+                .wall_clock
+                .saturating_mul(crate::devices::clock::NANOS),
+            started: now,
+            ept: Mutex::new(Ept::new(
+                HostFrames,
+                host.capabilities.ept_vpid,
+                host.address_width,
+            )?),
+            mtrrs: host.mtrrs,
+        })
+    }
+
+    /// The EPT pointer for the VMCS.
+    ///
+    /// # Errors
+    /// When the CPU's capabilities allow none.
+    pub fn ept_pointer(&self) -> Result<EptPointer, EptError> {
+        self.ept.lock().pointer()
+    }
+
+    /// Maps the page of `gpa`, as large as its slot, the alignment and the
+    /// host's memory types allow.
+    ///
+    /// # Errors
+    /// When there is no slot, or no frame for a table.
+    pub fn map_page(&self, gpa: Gpa) -> Result<(), Unmapped> {
+        let mut ept = self.ept.lock();
+        for size in PageSize::LARGEST_FIRST {
+            let Some(mapping) = self.memory.slots().mapping(gpa, size.bytes()) else {
+                return Err(Unmapped::NoSlot);
+            };
+            if mapping.size != size.bytes() {
+                continue;
+            }
+            let memory_type = match self.mtrrs.uniform(mapping.hpa, mapping.size) {
+                Some(memory_type) => memory_type,
+                None if size == PageSize::Size4K => MemoryType::Uncacheable,
+                None => continue,
+            };
+            let permissions = match mapping.kind {
+                super::slots::SlotKind::Ram => Permissions::all(),
+                super::slots::SlotKind::Rom => Permissions::READ | Permissions::EXECUTE,
+            };
+            match ept.map(mapping.gpa, mapping.hpa, size, permissions, memory_type) {
+                // A page that was not present needs no invalidation (SDM 3, 29.4.3.1).
+                Ok(_) => return Ok(()),
+                Err(EptError::PageSize(_)) => {}
+                Err(error) => return Err(Unmapped::Ept(error)),
+            }
+        }
+        Err(Unmapped::NoSlot)
+    }
+}
