@@ -2,6 +2,9 @@
 #![no_std]
 #![no_main]
 
+// Its functions are called by compiled code only.
+use vireo_freestanding as _;
+
 use core::arch::naked_asm;
 use core::panic::PanicInfo;
 use log::{LevelFilter, error, info, warn};

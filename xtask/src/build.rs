@@ -51,6 +51,8 @@ pub fn all() -> Result<Built> {
     let root = paths::root();
     let script = format!("-Clink-arg=-T{}", root.join("linker.ld").display());
     let flags = [
+        // The kernel is linked into the top 2 GiB.
+        "-Ccode-model=kernel",
         "-Crelocation-model=static",
         "-Clink-arg=-static",
         "-Clink-arg=-no-pie",
