@@ -1,30 +1,12 @@
 //! The 64-bit Linux boot protocol (Linux, `Documentation/arch/x86/boot.rst`).
-//!
-//! ```text
-//! 0x1000     GDT
-//! 0x2000     boot parameters ("zero page")
-//! 0x3000     page tables: one PML4, one PDPT, four page directories of 2 MiB pages
-//! 0x10000    command line
-//! kernel     at its preferred address
-//! initrd     as high as the kernel allows
-//! ```
 
+use super::placement::{
+    self, CODE_SELECTOR, CodeSegment, DATA_SELECTOR, Initrd, PAGE_TABLES, PARAMETERS,
+};
 use super::{BootError, EntryMode, EntryState};
 use crate::addr::Gpa;
 use crate::vm::memory::{GuestMemory, OutOfSlot};
-use crate::vm::memory_map::MemoryMap;
-
-const GDT: Gpa = Gpa(0x1000);
-const BOOT_PARAMETERS: Gpa = Gpa(0x2000);
-const PAGE_TABLES: Gpa = Gpa(0x3000);
-const COMMAND_LINE: Gpa = Gpa(0x1_0000);
-/// The stack is the kernel's own matter; it starts with one below its parameters.
-const STACK: u64 = 0x1000;
-
-const CODE_SELECTOR: u16 = 0x10;
-const DATA_SELECTOR: u16 = 0x18;
-/// Null, null, 64-bit code, data: the selectors that the protocol names.
-const GDT_ENTRIES: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+use crate::vm::memory_map::{HIGH_RAM, MemoryMap};
 
 /// Offsets in the set-up header, the same in the image and in the boot parameters.
 mod header {
@@ -145,6 +127,13 @@ pub fn load(
     let ram_end = map.ram_below_4g();
     let payload = image.get(header.payload..).unwrap_or_default();
 
+    if header.preferred_address < HIGH_RAM {
+        return Err(BootError::LoadsTooLow {
+            start: header.preferred_address,
+        });
+    }
+    // Not lower than preferred, though a kernel may be relocatable: Linux would move itself up to
+    // its preferred address all the same.
     let start = Gpa(header.preferred_address);
     // The kernel unpacks itself in `init_size` bytes from where it runs.
     let room = header.init_size.max(payload.len() as u64);
@@ -157,73 +146,40 @@ pub fn load(
     }
     memory.write(start, payload)?;
 
-    if cmdline.len() > header.command_line_size.min(0xffff) {
-        return Err(BootError::CommandLineTooLong {
-            len: cmdline.len(),
-            limit: header.command_line_size,
-        });
-    }
-    memory.write(COMMAND_LINE, cmdline.as_bytes())?;
-    memory.write(Gpa(COMMAND_LINE.0 + cmdline.len() as u64), &[0])?;
-
-    let initrd_at = match initrd {
+    placement::write_command_line(memory, cmdline, header.command_line_size)?;
+    let initrd = match initrd {
         None => None,
-        Some(initrd) => Some(place_initrd(
-            initrd,
-            kernel_end,
-            ram_end,
-            header.initrd_max,
-            memory,
-        )?),
+        Some(initrd) => {
+            let end = ram_end.min(header.initrd_max.saturating_add(1));
+            Some(placement::write_initrd(memory, initrd, kernel_end, end)?)
+        }
     };
-    write_parameters(image, &header, initrd_at, memory, map, rsdp)?;
-    for (gpa, entry) in (GDT.0..).step_by(8).zip(GDT_ENTRIES) {
-        memory.write(Gpa(gpa), &entry.to_le_bytes())?;
-    }
+    write_parameters(image, &header, initrd, memory, map, rsdp)?;
+    let (gdt_base, gdt_limit) = placement::write_gdt(memory, CodeSegment::Bits64)?;
     let cr3 = write_identity_map(memory)?;
     Ok(EntryState {
         mode: EntryMode::Long64 { cr3 },
         rip: start.0 + ENTRY_64,
-        rsp: STACK,
-        rsi: BOOT_PARAMETERS.0,
+        rsp: placement::STACK,
+        rsi: PARAMETERS.0,
         rbx: 0,
-        gdt_base: GDT,
-        gdt_limit: (GDT_ENTRIES.len() * 8 - 1) as u16,
+        gdt_base,
+        gdt_limit,
         code_selector: CODE_SELECTOR,
         data_selector: DATA_SELECTOR,
     })
 }
 
-/// As high as it may be, above the kernel; its address and length.
-fn place_initrd(
-    initrd: &[u8],
-    kernel_end: u64,
-    ram_end: u64,
-    limit: u64,
-    memory: &GuestMemory,
-) -> Result<(u32, u32), BootError> {
-    let size = initrd.len() as u64;
-    let end = ram_end.min(limit.saturating_add(1));
-    let room = end.saturating_sub(kernel_end);
-    let start = Gpa(end.saturating_sub(size)).align_down(4096);
-    if size > room || start.0 < kernel_end {
-        return Err(BootError::InitrdTooLarge { size, room });
-    }
-    memory.write(start, initrd)?;
-    // Below 4 GiB, since RAM there ends lower.
-    Ok((start.0 as u32, size as u32))
-}
-
 fn write_parameters(
     image: &[u8],
     header: &Header,
-    initrd: Option<(u32, u32)>,
+    initrd: Option<Initrd>,
     memory: &GuestMemory,
     map: &MemoryMap,
     rsdp: Gpa,
 ) -> Result<(), BootError> {
-    let at = |offset: usize| Gpa(BOOT_PARAMETERS.0 + offset as u64);
-    memory.fill(BOOT_PARAMETERS, 4096, 0)?;
+    let at = |offset: usize| Gpa(PARAMETERS.0 + offset as u64);
+    memory.fill(PARAMETERS, 4096, 0)?;
     let own = image.get(HEADER_START..header.end).unwrap_or_default();
     memory.write(at(HEADER_START), own)?;
     memory.write(at(header::TYPE_OF_LOADER), &[UNASSIGNED_LOADER])?;
@@ -232,11 +188,11 @@ fn write_parameters(
     memory.write(at(header::HEAP_END), &[0; 2])?;
     memory.write(
         at(header::COMMAND_LINE),
-        &(COMMAND_LINE.0 as u32).to_le_bytes(),
+        &(placement::COMMAND_LINE.0 as u32).to_le_bytes(),
     )?;
-    if let Some((start, size)) = initrd {
-        memory.write(at(header::RAMDISK_IMAGE), &start.to_le_bytes())?;
-        memory.write(at(header::RAMDISK_SIZE), &size.to_le_bytes())?;
+    if let Some(initrd) = initrd {
+        memory.write(at(header::RAMDISK_IMAGE), &initrd.start.to_le_bytes())?;
+        memory.write(at(header::RAMDISK_SIZE), &initrd.len.to_le_bytes())?;
     }
     memory.write(at(parameters::ACPI_RSDP), &rsdp.0.to_le_bytes())?;
     let ranges = map.ranges();
@@ -386,6 +342,9 @@ mod tests {
             load(&old, None, ""),
             BootError::OldProtocol { version: 0x20b }
         );
+        let mut low = good.clone();
+        low[header::PREFERRED_ADDRESS + 2] = 0;
+        assert_eq!(load(&low, None, ""), BootError::LoadsTooLow { start: 0 });
         let mut narrow = good.clone();
         narrow[header::XLOADFLAGS] = 0;
         assert_eq!(load(&narrow, None, ""), BootError::Only32Bit);

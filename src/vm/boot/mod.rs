@@ -1,6 +1,8 @@
 //! Boot protocols: from an image to the state in which the first vCPU starts.
 
 pub mod bzimage;
+mod placement;
+pub mod pvh;
 
 use super::memory::{GuestMemory, OutOfSlot};
 use super::memory_map::MemoryMap;
@@ -34,12 +36,37 @@ pub struct EntryState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BootError {
     NotAKernel,
-    Truncated { need: u64, have: u64 },
-    OldProtocol { version: u16 },
+    Truncated {
+        need: u64,
+        have: u64,
+    },
+    OldProtocol {
+        version: u16,
+    },
     Only32Bit,
-    TooLittleMemory { need: u64, have: u64 },
-    InitrdTooLarge { size: u64, room: u64 },
-    CommandLineTooLong { len: usize, limit: usize },
+    /// Not an ELF file of this kind of CPU, or one that contradicts itself.
+    DamagedElf(object::read::Error),
+    NoPvhEntry,
+    /// The PVH entry point is not in what the ELF file loads.
+    EntryNotLoaded {
+        entry: u64,
+    },
+    /// A segment belongs below 1 MiB, where the parameters are.
+    LoadsTooLow {
+        start: u64,
+    },
+    TooLittleMemory {
+        need: u64,
+        have: u64,
+    },
+    InitrdTooLarge {
+        size: u64,
+        room: u64,
+    },
+    CommandLineTooLong {
+        len: usize,
+        limit: usize,
+    },
     Memory(OutOfSlot),
 }
 
@@ -49,11 +76,17 @@ impl From<OutOfSlot> for BootError {
     }
 }
 
+impl From<object::read::Error> for BootError {
+    fn from(error: object::read::Error) -> Self {
+        Self::DamagedElf(error)
+    }
+}
+
 impl fmt::Display for BootError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Self::NotAKernel => f.write_str(
-                "the kernel image is not a Linux bzImage (no boot sector signature and \"HdrS\"); name a kernel such as vmlinuz",
+                "the kernel image is neither a Linux bzImage (no boot sector signature and \"HdrS\") nor an ELF file; name a kernel such as vmlinuz",
             ),
             Self::Truncated { need, have } => write!(
                 f,
@@ -67,6 +100,21 @@ impl fmt::Display for BootError {
             ),
             Self::Only32Bit => f.write_str(
                 "the kernel has no 64-bit entry point (xloadflags bit 0); use a 64-bit kernel",
+            ),
+            Self::DamagedElf(error) => write!(
+                f,
+                "the kernel image is a damaged ELF file ({error}); copy it again"
+            ),
+            Self::NoPvhEntry => f.write_str(
+                "the kernel is an ELF file without a 32-bit PVH entry point (note \"Xen\", type 18); use its bzImage, or build it with CONFIG_PVH",
+            ),
+            Self::EntryNotLoaded { entry } => write!(
+                f,
+                "the kernel's PVH entry point {entry:#x} is in none of the segments that its file fills; build it again"
+            ),
+            Self::LoadsTooLow { start } => write!(
+                f,
+                "the kernel has a segment at {start:#x}, and the first 1 MiB is for its parameters; link it at 0x100000 or higher"
             ),
             Self::TooLittleMemory { need, have } => write!(
                 f,
@@ -89,7 +137,9 @@ impl fmt::Display for BootError {
 
 impl core::error::Error for BootError {}
 
-/// Puts `kernel` and what belongs to it into the guest's memory.
+/// Puts `kernel` and what belongs to it into the guest's memory, by the
+/// protocol that the image's content asks for: PVH if it is an ELF file, else
+/// Linux's.
 ///
 /// # Errors
 /// Why the image cannot be booted in this guest.
@@ -101,5 +151,8 @@ pub fn load(
     map: &MemoryMap,
     rsdp: Gpa,
 ) -> Result<EntryState, BootError> {
+    if kernel.starts_with(pvh::MAGIC) {
+        return pvh::load(kernel, initrd, cmdline, memory, map, rsdp);
+    }
     bzimage::load(kernel, initrd, cmdline, memory, map, rsdp)
 }
