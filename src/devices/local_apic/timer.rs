@@ -1,156 +1,230 @@
-//! The local APIC's timer: one-shot, periodic and TSC-deadline (SDM 3, 12.5.4).
+//! The timer (SDM 3, 12.5.4): one-shot and periodic on a clock of
+//! [`APIC_TIMER_HZ`], and the deadline of the time-stamp counter.
+//!
+//! Nothing runs here: a count is computed from the time of its start, and an
+//! expiry is noticed by [`Timer::expire`], in constant time however late.
 
 use crate::devices::{Clock, Ticks};
 
-/// Frequency of the timer's clock before the divider, in Hz.
+/// The timer's input clock before the divider, in Hz.
 pub const APIC_TIMER_HZ: u64 = 1_000_000_000;
 
-/// No period is shorter, in cycles of [`APIC_TIMER_HZ`]: 20 microseconds. A
-/// guest cannot slow the host with a timer that does nothing but expire.
-const SHORTEST_PERIOD: u64 = 20_000;
+/// A periodic timer expires at most this often, in cycles of [`APIC_TIMER_HZ`]:
+/// 20 microseconds. A guest with a shorter period would do nothing but take
+/// interrupts; it gets fewer of them, and a current count as it expects.
+pub const MIN_PERIOD: u64 = 20_000;
 
-/// How the timer counts: bits 18:17 of its local vector table entry.
+/// The timer's mode in its entry of the local vector table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TimerMode {
     OneShot,
     Periodic,
     TscDeadline,
+    /// The reserved encoding: nothing expires.
+    Reserved,
 }
 
 impl TimerMode {
-    pub const fn from_lvt(entry: u32) -> Self {
-        match entry >> 17 & 3 {
+    /// From bits 18..17 of the entry.
+    pub const fn from_bits(bits: u32) -> Self {
+        match bits & 3 {
             0 => Self::OneShot,
             1 => Self::Periodic,
-            // 3 is reserved; it does not count either way.
-            _ => Self::TscDeadline,
+            2 => Self::TscDeadline,
+            _ => Self::Reserved,
         }
+    }
+
+    /// Whether the initial count starts it.
+    const fn counts(self) -> bool {
+        matches!(self, Self::OneShot | Self::Periodic)
     }
 }
 
-/// The counter, which is computed from the time it was started.
+/// The timer.
 #[derive(Clone, Debug)]
 pub struct Timer {
     clock: Clock,
     mode: TimerMode,
+    /// Input cycles per count: 1 shifted left by this.
+    shift: u32,
     initial: u32,
-    divisor: u64,
-    started: Ticks,
+    /// When the count was `first`.
+    origin: Ticks,
+    /// 0 when nothing counts.
+    first: u32,
+    /// The armed time-stamp, 0 when there is none.
+    tsc_deadline: u64,
+    /// The next expiry.
     deadline: Option<Ticks>,
 }
 
 impl Timer {
+    /// The timer after reset: one-shot, stopped, divided by 2.
     pub const fn new(clock: Clock) -> Self {
         Self {
             clock,
             mode: TimerMode::OneShot,
+            shift: 1,
             initial: 0,
-            divisor: 2,
-            started: Ticks(0),
+            origin: Ticks(0),
+            first: 0,
+            tsc_deadline: 0,
             deadline: None,
         }
     }
 
-    /// When the timer expires next.
+    /// Puts the timer into its state after reset.
+    pub const fn reset(&mut self) {
+        *self = Self::new(self.clock);
+    }
+
+    /// The next expiry.
     #[inline]
     pub const fn deadline(&self) -> Option<Ticks> {
         self.deadline
     }
 
-    /// A change between TSC-deadline and the counting modes disarms.
-    pub fn set_mode(&mut self, mode: TimerMode) {
-        if (mode == TimerMode::TscDeadline) != (self.mode == TimerMode::TscDeadline) {
-            self.initial = 0;
-            self.deadline = None;
-        }
-        self.mode = mode;
-    }
-
-    /// The divide configuration register: bits 3, 1 and 0.
-    pub fn set_divide(&mut self, now: Ticks, register: u32) {
-        let code = register >> 1 & 4 | register & 3;
-        let count = self.current(now);
-        self.divisor = if code == 7 { 1 } else { 2 << code };
-        if self.deadline.is_some() && self.mode != TimerMode::TscDeadline {
-            // What is left is counted at the new rate.
-            let passed = u64::from(self.initial - count.min(self.initial));
-            let ticks = self
-                .clock
-                .ticks(passed.saturating_mul(self.divisor), APIC_TIMER_HZ);
-            self.started = Ticks(now.0.saturating_sub(ticks));
-            self.arm();
-        }
-    }
-
-    fn period(&self) -> u64 {
-        let mut cycles = u64::from(self.initial).saturating_mul(self.divisor);
-        if self.mode == TimerMode::Periodic {
-            cycles = cycles.max(SHORTEST_PERIOD);
-        }
-        self.clock.ticks(cycles, APIC_TIMER_HZ).max(1)
-    }
-
-    fn arm(&mut self) {
-        self.deadline = Some(Ticks(self.started.0.saturating_add(self.period())));
-    }
-
-    /// Writes the initial-count register, which starts the timer; 0 stops it.
-    pub fn set_initial(&mut self, now: Ticks, count: u32) {
-        if self.mode == TimerMode::TscDeadline {
-            return;
-        }
-        self.initial = count;
-        self.started = now;
-        if count == 0 {
-            self.deadline = None;
-        } else {
-            self.arm();
-        }
-    }
-
-    /// The current-count register.
-    pub fn current(&self, now: Ticks) -> u32 {
-        match self.deadline {
-            Some(deadline) if self.mode != TimerMode::TscDeadline && deadline > now => {
-                let cycles = self.clock.cycles(deadline.0 - now.0, APIC_TIMER_HZ);
-                u32::try_from(cycles / self.divisor)
-                    .unwrap_or(u32::MAX)
-                    .min(self.initial)
-            }
-            _ => 0,
-        }
-    }
-
-    /// IA32_TSC_DEADLINE: 0 when not armed, or in another mode.
-    pub fn tsc_deadline(&self, now: Ticks) -> u64 {
-        match self.deadline {
-            Some(deadline) if self.mode == TimerMode::TscDeadline && deadline > now => deadline.0,
-            _ => 0,
-        }
-    }
-
-    /// Arms at `deadline`; 0 disarms. Ignored in other modes.
-    #[inline]
-    pub fn set_tsc_deadline(&mut self, deadline: u64) {
-        if self.mode == TimerMode::TscDeadline {
-            self.deadline = (deadline != 0).then_some(Ticks(deadline));
-        }
-    }
-
-    /// Whether the timer expired; a periodic one is armed for the first
-    /// expiry after `now`, however many were missed.
+    /// Whether the timer expired since the last call. Arms the next period.
     #[inline]
     pub fn expire(&mut self, now: Ticks) -> bool {
-        let Some(deadline) = self.deadline.filter(|deadline| *deadline <= now) else {
-            return false;
-        };
-        self.deadline = None;
-        if self.mode == TimerMode::Periodic && self.initial != 0 {
-            let period = self.period();
-            let missed = (now.0 - deadline.0) / period;
-            self.started = Ticks(deadline.0.saturating_add(missed.saturating_mul(period)));
-            self.arm();
+        match self.deadline {
+            Some(deadline) if deadline <= now => {
+                self.tsc_deadline = 0;
+                self.deadline = self.next_period(now);
+                true
+            }
+            _ => false,
         }
-        true
     }
+
+    /// Changes the mode. Between the counting modes the count goes on; any
+    /// other change disarms the timer (SDM 3, 12.5.4.1).
+    pub fn set_mode(&mut self, now: Ticks, mode: TimerMode) {
+        if mode == self.mode {
+            return;
+        }
+        if self.mode.counts() && mode.counts() {
+            let count = self.current_count(now);
+            self.mode = mode;
+            self.start(now, count);
+        } else {
+            self.mode = mode;
+            self.initial = 0;
+            self.tsc_deadline = 0;
+            self.start(now, 0);
+        }
+    }
+
+    /// Sets the divide configuration register's value: bits 3, 1 and 0 (SDM 3, figure 12-10).
+    pub fn set_divide(&mut self, now: Ticks, value: u32) {
+        let count = self.current_count(now);
+        let encoding = value >> 1 & 4 | value & 3;
+        self.shift = (encoding + 1) & 7;
+        if self.mode.counts() {
+            self.start(now, count);
+        }
+    }
+
+    /// The initial count.
+    pub const fn initial_count(&self) -> u32 {
+        self.initial
+    }
+
+    /// Starts counting down from `count`; 0 stops. Without effect in the other modes.
+    pub fn set_initial_count(&mut self, now: Ticks, count: u32) {
+        if self.mode.counts() {
+            self.initial = count;
+            self.start(now, count);
+        }
+    }
+
+    /// The current count.
+    pub fn current_count(&self, now: Ticks) -> u32 {
+        if self.first == 0 {
+            return 0;
+        }
+        let elapsed = self.elapsed(now);
+        match elapsed.checked_sub(self.cycles(self.first)) {
+            None => count_after(self.first, elapsed >> self.shift),
+            Some(beyond) => match beyond.checked_rem(self.period()) {
+                Some(phase) => count_after(self.initial, phase >> self.shift),
+                None => 0,
+            },
+        }
+    }
+
+    /// The armed time-stamp; 0 when there is none, or when it has passed.
+    pub const fn tsc_deadline(&self, now: Ticks) -> u64 {
+        if self.tsc_deadline > now.0 {
+            self.tsc_deadline
+        } else {
+            0
+        }
+    }
+
+    /// Arms the timer for the time-stamp `value`; 0 disarms it. Without effect in the other modes.
+    #[inline]
+    pub const fn set_tsc_deadline(&mut self, value: u64) {
+        if matches!(self.mode, TimerMode::TscDeadline) {
+            self.tsc_deadline = value;
+            self.deadline = if value == 0 { None } else { Some(Ticks(value)) };
+        }
+    }
+
+    fn start(&mut self, now: Ticks, count: u32) {
+        self.origin = now;
+        self.first = count;
+        self.deadline = (count != 0).then(|| self.after_origin(self.cycles(count)));
+    }
+
+    /// The first expiry of the periodic timer after `now`, with [`MIN_PERIOD`] between
+    /// two. They stay at multiples of the period, so lateness does not add up.
+    fn next_period(&self, now: Ticks) -> Option<Ticks> {
+        let first = self.cycles(self.first);
+        let period = self.period();
+        let pause = if period < MIN_PERIOD { MIN_PERIOD } else { 1 };
+        let earliest = self.elapsed(now).saturating_add(pause);
+        let periods = match earliest.saturating_sub(first).checked_div(period) {
+            Some(whole) => whole.saturating_add(1),
+            None => return None,
+        };
+        // One period too many when `earliest` is a multiple.
+        let last = first.saturating_add(period.saturating_mul(periods - 1));
+        let next = if last >= earliest {
+            last
+        } else {
+            last.saturating_add(period)
+        };
+        let next = self.after_origin(next);
+        Some(next.max(Ticks(now.0.saturating_add(1))))
+    }
+
+    /// Input cycles of a period; 0 when the timer is not periodic.
+    const fn period(&self) -> u64 {
+        if matches!(self.mode, TimerMode::Periodic) {
+            self.cycles(self.initial)
+        } else {
+            0
+        }
+    }
+
+    const fn cycles(&self, count: u32) -> u64 {
+        (count as u64) << self.shift
+    }
+
+    const fn elapsed(&self, now: Ticks) -> u64 {
+        self.clock
+            .cycles(now.0.saturating_sub(self.origin.0), APIC_TIMER_HZ)
+    }
+
+    const fn after_origin(&self, cycles: u64) -> Ticks {
+        let ticks = self.clock.ticks(cycles, APIC_TIMER_HZ);
+        Ticks(self.origin.0.saturating_add(ticks))
+    }
+}
+
+/// `from` less `counts`, which is at most `from`.
+const fn count_after(from: u32, counts: u64) -> u32 {
+    (from as u64).saturating_sub(counts) as u32
 }
