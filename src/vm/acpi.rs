@@ -67,10 +67,17 @@ fn bytes(table: &dyn Aml) -> Vec<u8> {
 /// Table 5.9.
 fn fadt(facs: u64, dsdt: u64) -> Sdt {
     const LENGTH: u32 = 276;
-    /// WBINVD, and power and sleep buttons that are not fixed hardware's (bit 5:
-    /// no sleep button); RTC wake is not in fixed registers; 32-bit timer; reset register.
-    const FLAGS: u32 = 1 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 10;
-    /// Legacy devices; no VGA; the PC has no CMOS-RTC flag set. Bit 1, the 8042, is clear.
+    /// WBINVD works.
+    const WBINVD: u32 = 1 << 0;
+    /// There is no sleep button. The power button is fixed hardware (bit 4 is clear).
+    const NO_FIXED_SLEEP_BUTTON: u32 = 1 << 5;
+    /// The real-time clock's alarm does not wake through the PM1 block.
+    const FIX_RTC: u32 = 1 << 6;
+    const TIMER_32_BIT: u32 = (pc::PM_TIMER_32_BIT as u32) << 8;
+    const RESET_REGISTER: u32 = 1 << 10;
+    const FLAGS: u32 = WBINVD | NO_FIXED_SLEEP_BUTTON | FIX_RTC | TIMER_32_BIT | RESET_REGISTER;
+    /// Legacy devices, and no VGA. Clear: bit 1, there is no keyboard behind the 8042; bit 5,
+    /// there is a real-time clock.
     const BOOT_FLAGS: u16 = 1 | 1 << 2;
     /// A generic address of 8-bit access in I/O space.
     const IO_BYTE: [u8; 4] = [1, 8, 0, 1];
@@ -262,5 +269,108 @@ mod tests {
         // PackageOp, length, four elements, BytePrefix, type.
         assert_eq!(aml[at + 4], 0x12);
         assert_eq!(aml[at + 6..at + 9], [4, 0x0a, pc::S5_SLEEP_TYPE]);
+    }
+
+    #[test]
+    fn the_fadt_names_the_ports_that_the_devices_answer() {
+        let tables = Tables::new(1);
+        let fadt = tables.table(tables.found_in_xsdt(0), b"FACP");
+        let number = |offset: usize, len: usize| {
+            (0..len)
+                .rev()
+                .fold(0u64, |sum, byte| sum << 8 | u64::from(fadt[offset + byte]))
+        };
+        assert_eq!((fadt.len(), fadt[8]), (276, 6));
+        assert_eq!(number(46, 2), u64::from(pc::SCI_IRQ));
+        // SMI_CMD, ACPI_ENABLE, ACPI_DISABLE.
+        assert_eq!((number(48, 4), fadt[52], fadt[53]), (0xb2, 0xf1, 0xf0));
+        let end = u64::from(pc::PM_BASE + pc::PM_LENGTH);
+        for (block, len, base) in [
+            (56, 88, pc::PM1A_EVENT),
+            (64, 89, pc::PM1A_CONTROL),
+            (76, 91, pc::PM_TIMER),
+        ] {
+            assert_eq!(number(block, 4), u64::from(base));
+            assert!(number(block, 4) + number(len, 1) <= end);
+        }
+        // No PM1b, PM2, GPE blocks, and no 64-bit forms that would override these.
+        for offset in [60, 68, 72, 80, 84] {
+            assert_eq!(number(offset, 4), 0);
+        }
+        assert!(
+            fadt[132..140]
+                .iter()
+                .chain(&fadt[148..])
+                .all(|byte| *byte == 0)
+        );
+        // Boot flags: legacy devices, no 8042, no VGA, a CMOS clock.
+        assert_eq!(number(109, 2), 0b101);
+        let flags = number(112, 4);
+        assert_eq!(flags >> 8 & 1 == 1, pc::PM_TIMER_32_BIT);
+        // FIX_RTC, reset register; neither hardware-reduced nor with a control-method power button.
+        assert_eq!(
+            (
+                flags >> 6 & 1,
+                flags >> 10 & 1,
+                flags >> 20 & 1,
+                flags >> 4 & 1
+            ),
+            (1, 1, 0, 0)
+        );
+        // The reset register: I/O space, 8 bits, at 0xcf9.
+        assert_eq!(fadt[116..120], [1, 8, 0, 1]);
+        assert_eq!((number(120, 8), fadt[128]), (0xcf9, 0x06));
+    }
+
+    #[test]
+    fn the_madt_routes_timer_sci_and_nmi() {
+        let tables = Tables::new(2);
+        let madt = tables.table(tables.found_in_xsdt(1), b"APIC");
+        let mut rest = &madt[44..];
+        let mut entries = Vec::new();
+        while let Some(len) = rest.get(1) {
+            let (entry, others) = rest.split_at(usize::from(*len));
+            entries.push(entry);
+            rest = others;
+        }
+        // The local APICs' address; the 8259s are there.
+        assert_eq!(madt[36..44], [0, 0, 0xe0, 0xfe, 1, 0, 0, 0]);
+        let expected: [&[u8]; 6] = [
+            &[0, 8, 0, 0, 1, 0, 0, 0],
+            &[0, 8, 1, 1, 1, 0, 0, 0],
+            &[1, 12, 2, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0],
+            &[2, 10, 0, 0, 2, 0, 0, 0, 0, 0],
+            // IRQ 9: active high, level triggered.
+            &[2, 10, 0, 9, 9, 0, 0, 0, 0x0d, 0],
+            &[4, 6, 0xff, 0, 0, 1],
+        ];
+        assert_eq!(entries, expected);
+    }
+
+    #[test]
+    fn the_serial_port_is_found_by_its_identifier() {
+        let dsdt = dsdt();
+        let aml = dsdt.as_slice();
+        let has = |bytes: &[u8]| aml.windows(bytes.len()).any(|window| window == bytes);
+        // EISAID("PNP0501"), EISAID("PNP0B00").
+        assert!(has(&[0x0c, 0x41, 0xd0, 0x05, 0x01]));
+        assert!(has(&[0x0c, 0x41, 0xd0, 0x0b, 0x00]));
+        // I/O ports 0x3f8, eight; then an edge-triggered, active-high, exclusive interrupt 4.
+        assert!(has(&[
+            0x47, 1, 0xf8, 0x03, 0xf8, 0x03, 1, 8, 0x89, 6, 0, 0b0011, 1, 4, 0, 0, 0,
+        ]));
+    }
+
+    #[test]
+    fn the_tables_stay_in_the_reserved_area() {
+        for vcpus in [1, 255, 1024] {
+            let ram = Tables::new(vcpus).ram;
+            assert!(
+                ram[..0xe_0000]
+                    .iter()
+                    .chain(&ram[0x10_0000..])
+                    .all(|byte| *byte == 0)
+            );
+        }
     }
 }

@@ -101,6 +101,37 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    #[test]
+    fn five_gigabytes_are_split_around_the_hole() {
+        let map = MemoryMap::new(Hpa(1 << 33), 5 << 30);
+        let told: Vec<_> = map
+            .ranges()
+            .iter()
+            .map(|range| (range.start.0, range.start.0 + range.len, range.kind as u32))
+            .collect();
+        assert_eq!(
+            told,
+            [
+                (0, 0xa_0000, 1),
+                (0xe_0000, 0x10_0000, 2),
+                (0x10_0000, 0xc000_0000, 1),
+                (0x1_0000_0000, 0x1_8000_0000, 1),
+            ]
+        );
+        let slots = map.slots();
+        let backing = |gpa| {
+            slots
+                .mapping(Gpa(gpa), 1 << 30)
+                .map(|page| (page.hpa.0, page.size))
+        };
+        // One host page of 1 GiB each, the block's first in 4 KiB pages around the VGA window.
+        assert_eq!(backing(0x9_f000), Some(((1 << 33) + 0x9_f000, 1 << 12)));
+        assert_eq!(backing(0x20_0000), Some(((1 << 33) + 0x20_0000, 1 << 21)));
+        assert_eq!(backing(1 << 30), Some(((1 << 33) + (1 << 30), 1 << 30)));
+        assert_eq!(backing(1 << 32), Some(((1 << 33) + (3 << 30), 1 << 30)));
+        assert_eq!(backing(0xa_0000), None);
+    }
+
     proptest! {
         #[test]
         fn what_the_guest_is_told_is_memory(megabytes in 1..4096u64) {

@@ -139,6 +139,49 @@ mod tests {
     }
 
     proptest! {
+        /// No page that would do is larger than the one that is given.
+        #[test]
+        fn a_mapping_is_the_largest_that_fits(
+            start in 0..1u64 << 20, pages in 1..1u64 << 20, shift in 0..22u32, steps in 0..64u64,
+            at in any::<prop::sample::Index>(),
+        ) {
+            // Host and guest are apart by a multiple of a power of two, so that each size occurs.
+            let slot = slot(start << 12, pages << 12, (start + (steps << shift)) << 12);
+            let slots = Slots::new(vec![slot]).unwrap();
+            let gpa = Gpa(slot.start.0 + ((at.index(pages as usize) as u64) << 12));
+            let given = slots.mapping(gpa, 1 << 30).unwrap();
+            for size in [1u64 << 21, 1 << 30] {
+                let page = gpa.0 - gpa.0 % size;
+                let apart = slot.backing.0 - slot.start.0;
+                let fits = page >= slot.start.0
+                    && page + size <= slot.start.0 + slot.len
+                    && apart.is_multiple_of(size);
+                prop_assert_eq!(fits && size > given.size, false, "{:?} in {:?}", given, slot);
+            }
+        }
+
+        /// An address is found in the slot that claims it, and nowhere else.
+        #[test]
+        fn what_no_slot_claims_is_not_found(
+            gaps in prop::collection::vec((0..4u64, 1..4u64), 1..8), page in 0..64u64,
+        ) {
+            let mut next = 0;
+            let mut list: Vec<Slot> = gaps.iter().map(|&(gap, pages)| {
+                let start = next + gap;
+                next = start + pages;
+                slot(start << 12, pages << 12, 0)
+            }).collect();
+            list.reverse();
+            let claims = |gpa: u64| {
+                list.iter().find(|slot| (slot.start.0..slot.start.0 + slot.len).contains(&gpa))
+            };
+            let slots = Slots::new(list.clone()).unwrap();
+            for gpa in [page << 12, (page << 12) + 4095] {
+                prop_assert_eq!(slots.find(Gpa(gpa)), claims(gpa));
+                prop_assert_eq!(slots.mapping(Gpa(gpa), 1 << 30).is_some(), claims(gpa).is_some());
+            }
+        }
+
         #[test]
         fn a_mapping_stays_in_its_slot(
             start in 0..1u64 << 20, pages in 1..1u64 << 19, backing in 0..1u64 << 24,

@@ -300,8 +300,81 @@ mod tests {
         assert!(at + 5000 <= RAM && at >= 0x30_0000);
         assert_eq!(guest.ram[at..at + 5000], initrd[..]);
         assert_eq!(u64::from_le_bytes(guest.at(zero + 0x70)), 0xe_0000);
+    }
+
+    #[test]
+    fn the_parameters_hold_the_memory_map_and_the_header_of_the_image() {
+        let mut guest = guest();
+        let image = image();
+        // What was in memory before must not reach the kernel as a parameter.
+        guest.ram.fill(0x55);
+        let zero = guest.load(&image, None, "").unwrap().rsi as usize;
+        let number = |at: usize| u64::from_le_bytes(guest.at(zero + at));
         assert_eq!(guest.ram[zero + 0x1e8], 3);
-        assert_eq!(guest.ram[zero + 0x2d0 + 16], 1);
+        let told: Vec<_> = (0..3)
+            .map(|index| 0x2d0 + 20 * index)
+            .map(|at| (number(at), number(at + 8), guest.ram[zero + at + 16]))
+            .collect();
+        let high = RAM as u64 - 0x10_0000;
+        assert_eq!(
+            told,
+            [
+                (0, 0xa_0000, 1),
+                (0xe_0000, 0x2_0000, 2),
+                (0x10_0000, high, 1)
+            ]
+        );
+        let header_end = 0x202 + 0x6a;
+        assert_eq!(
+            guest.ram[zero + 0x22c..zero + header_end],
+            image[0x22c..header_end]
+        );
+        assert_eq!(guest.at(zero + header::RAMDISK_IMAGE), [0; 8]);
+        assert!(
+            guest.ram[zero + header_end..zero + 0x2d0]
+                .iter()
+                .all(|byte| *byte == 0)
+        );
+    }
+
+    #[test]
+    fn the_selectors_are_those_of_the_protocol() {
+        let mut guest = guest();
+        let entry = guest.load(&image(), None, "").unwrap();
+        assert_eq!((entry.code_selector, entry.data_selector), (0x10, 0x18));
+        let gdt = entry.gdt_base.0 as usize;
+        assert_eq!(entry.gdt_limit, 0x1f);
+        // Present, accessed; the code segment has L set and D clear.
+        assert_eq!(
+            u64::from_le_bytes(guest.at(gdt + 0x10)),
+            0x00af_9b00_0000_ffff
+        );
+        assert_eq!(
+            u64::from_le_bytes(guest.at(gdt + 0x18)),
+            0x00cf_9300_0000_ffff
+        );
+    }
+
+    #[test]
+    fn the_initrd_ends_below_the_limit_of_the_kernel() {
+        let mut guest = guest();
+        let mut image = image();
+        let limit = 0x4f_ffffu32;
+        image[header::INITRD_MAX..][..4].copy_from_slice(&limit.to_le_bytes());
+        let initrd = vec![0xcd; 0x20_0000];
+        let zero = guest.load(&image, Some(&initrd), "").unwrap().rsi as usize;
+        // The kernel ends at 3 MiB: just enough room.
+        assert_eq!(
+            u32::from_le_bytes(guest.at(zero + header::RAMDISK_IMAGE)),
+            0x30_0000
+        );
+        assert_eq!(
+            guest.load(&image, Some(&[0; 0x20_0001]), ""),
+            Err(BootError::InitrdTooLarge {
+                size: 0x20_0001,
+                room: 0x20_0000
+            })
+        );
     }
 
     #[test]
