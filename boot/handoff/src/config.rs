@@ -1,7 +1,7 @@
 //! The configuration: which guests there are and what each is given.
 //!
 //! The file is `\vireo\vireo.toml` on the boot volume. Paths in it are relative
-//! to its folder. An example that names every key stands in the README.
+//! to its folder.
 
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -9,7 +9,6 @@ use serde::{Deserialize, Serialize};
 
 /// The whole configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Config {
     /// The guests, in the order of the file.
     pub vm: Vec<Vm>,
@@ -17,11 +16,10 @@ pub struct Config {
 
 /// One `[[vm]]` section.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Vm {
     /// 1 to 31 letters, digits, `-` or `_`; unique.
     pub name: String,
-    /// Bytes of RAM, a multiple of 2 MiB. Written as `"256M"`, `"1G"` or a number of bytes.
+    /// Bytes of RAM, a multiple of 2 MiB.
     pub memory: u64,
     /// Number of virtual CPUs.
     pub vcpus: u32,
@@ -32,3 +30,218 @@ pub struct Vm {
     /// Kernel command line.
     pub cmdline: String,
 }
+
+impl Config {
+    /// The names of the files that the guests need, once each.
+    pub fn files(&self) -> Vec<&str> {
+        let mut files: Vec<&str> = Vec::new();
+        for vm in &self.vm {
+            for name in core::iter::once(&vm.kernel).chain(&vm.initrd) {
+                if !files.contains(&name.as_str()) {
+                    files.push(name);
+                }
+            }
+        }
+        files
+    }
+}
+
+#[cfg(feature = "toml")]
+mod read {
+    use super::{Config, Vm};
+    use alloc::format;
+    use alloc::string::{String, ToString};
+    use alloc::vec::Vec;
+    use core::fmt;
+    use core::ops::Range;
+    use serde::Deserialize;
+    use toml::Spanned;
+
+    /// What is wrong with a configuration file, and where.
+    #[derive(Clone, Debug, PartialEq, Eq)]
+    pub struct ConfigError {
+        file: String,
+        line: usize,
+        column: usize,
+        reason: String,
+    }
+
+    impl fmt::Display for ConfigError {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            let Self {
+                file,
+                line,
+                column,
+                reason,
+            } = self;
+            write!(f, "{file}:{line}:{column}: {reason}")
+        }
+    }
+
+    impl core::error::Error for ConfigError {}
+
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct RawConfig {
+        vm: Vec<RawVm>,
+    }
+
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct RawVm {
+        name: Spanned<String>,
+        memory: Spanned<Memory>,
+        #[serde(default = "one")]
+        vcpus: Spanned<u32>,
+        kernel: String,
+        initrd: Option<String>,
+        #[serde(default)]
+        cmdline: String,
+    }
+
+    fn one() -> Spanned<u32> {
+        Spanned::new(0..0, 1)
+    }
+
+    /// Bytes, or a number with K, M or G.
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Memory {
+        Bytes(u64),
+        Text(String),
+    }
+
+    impl Memory {
+        fn bytes(&self) -> Option<u64> {
+            match self {
+                Self::Bytes(bytes) => Some(*bytes),
+                Self::Text(text) => {
+                    let (digits, shift) = match text.char_indices().last()? {
+                        (end, 'K') => (text.get(..end)?, 10),
+                        (end, 'M') => (text.get(..end)?, 20),
+                        (end, 'G') => (text.get(..end)?, 30),
+                        _ => (text.as_str(), 0),
+                    };
+                    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+                }
+            }
+        }
+    }
+
+    /// Smallest step of a guest's memory.
+    const STEP: u64 = 2 << 20;
+
+    impl Config {
+        /// Reads `text`, the content of `file`.
+        ///
+        /// # Errors
+        /// The first thing that is wrong, with its line and column.
+        pub fn parse(file: &str, text: &str) -> Result<Self, ConfigError> {
+            let error = |span: Range<usize>, reason: String| {
+                let before = text.get(..span.start).unwrap_or(text);
+                ConfigError {
+                    file: file.to_string(),
+                    line: before.matches('\n').count() + 1,
+                    column: before.chars().rev().take_while(|c| *c != '\n').count() + 1,
+                    reason,
+                }
+            };
+            let raw: RawConfig = toml::from_str(text).map_err(|problem| {
+                let reason = problem.message().replace('\n', ", ");
+                error(problem.span().unwrap_or_default(), reason)
+            })?;
+            let mut config = Self { vm: Vec::new() };
+            for vm in raw.vm {
+                let name = vm.name.get_ref();
+                let legal = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+                if name.is_empty() || name.len() > 31 || !name.chars().all(legal) {
+                    let reason = format!(
+                        "\"{name}\" is no name for a vm; expected 1 to 31 letters, digits, '-' or '_'"
+                    );
+                    return Err(error(vm.name.span(), reason));
+                }
+                if config.vm.iter().any(|other| other.name == *name) {
+                    let reason = format!("a second vm is called \"{name}\"; names must differ");
+                    return Err(error(vm.name.span(), reason));
+                }
+                let memory = vm
+                    .memory
+                    .get_ref()
+                    .bytes()
+                    .filter(|bytes| *bytes > 0 && bytes % STEP == 0)
+                    .ok_or_else(|| {
+                        let reason = "memory is wrong; expected a multiple of 2 MiB such as \"256M\" or \"1G\"";
+                        error(vm.memory.span(), reason.to_string())
+                    })?;
+                let vcpus = *vm.vcpus.get_ref();
+                if vcpus != 1 {
+                    let reason =
+                        format!("vcpus is {vcpus}; expected 1, more are not supported yet");
+                    return Err(error(vm.vcpus.span(), reason));
+                }
+                config.vm.push(Vm {
+                    name: name.clone(),
+                    memory,
+                    vcpus,
+                    kernel: vm.kernel,
+                    initrd: vm.initrd,
+                    cmdline: vm.cmdline,
+                });
+            }
+            if config.vm.is_empty() {
+                return Err(error(
+                    0..0,
+                    "there is no vm; expected a [[vm]] section".to_string(),
+                ));
+            }
+            Ok(config)
+        }
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        fn reason(text: &str) -> String {
+            Config::parse("vireo.toml", text).unwrap_err().to_string()
+        }
+
+        const GOOD: &str = "[[vm]]\nname = \"a\"\nmemory = \"256M\"\nkernel = \"vmlinuz\"\n";
+
+        #[test]
+        fn a_small_configuration() {
+            let config = Config::parse("vireo.toml", GOOD).unwrap();
+            assert_eq!(config.vm[0].memory, 256 << 20);
+            assert_eq!((config.vm[0].vcpus, &*config.vm[0].cmdline), (1, ""));
+            assert_eq!(config.files(), ["vmlinuz"]);
+            let bytes = postcard::to_allocvec(&config).unwrap();
+            assert_eq!(postcard::from_bytes::<Config>(&bytes).unwrap(), config);
+        }
+
+        #[test]
+        fn errors_say_where_and_what() {
+            assert!(reason("[[vm]\n").starts_with("vireo.toml:1:"));
+            let unknown = reason(&alloc::format!("{GOOD}colour = 1\n"));
+            assert!(
+                unknown.starts_with("vireo.toml:5:1: unknown field `colour`, expected"),
+                "{unknown}"
+            );
+            let twice = reason(&alloc::format!("{GOOD}{GOOD}"));
+            assert!(
+                twice.starts_with("vireo.toml:6:8: a second vm is called \"a\""),
+                "{twice}"
+            );
+            let odd = reason(&GOOD.replace("256M", "3M"));
+            assert!(
+                odd.starts_with("vireo.toml:3:10: memory is wrong; expected a multiple"),
+                "{odd}"
+            );
+            assert!(reason(&GOOD.replace("\"a\"", "\"a b\"")).contains("is no name"));
+            assert!(reason("vm = []").contains("there is no vm"));
+            assert!(reason("[[vm]]\nname = \"a\"\nmemory = \"2M\"\n").contains("kernel"));
+        }
+    }
+}
+
+#[cfg(feature = "toml")]
+pub use read::ConfigError;
