@@ -15,22 +15,25 @@ use std::process::{Command, Stdio};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Flags of all freestanding code.
+/// What keeps the kernel and the small guests from the FPU. The loader needs
+/// none of it: UEFI gives it SSE (2.10, 2.3.4).
 ///
 /// Without SSE, rustc warns that the ABI of the target "must" have it and that
 /// this will become an error one day. That is harmless here: no float or
 /// vector crosses a function boundary, `inspect.rs` proves it after linking,
 /// and the toolchain is pinned. `x86_64-unknown-none` replaces these flags the
 /// day that target is at hand. [`cargo`] drops the warning.
+const NO_SSE: &str = "-Ctarget-feature=-sse,-sse2";
+
+/// Flags of all freestanding code.
 const FREESTANDING: &[&str] = &[
-    "-Ctarget-feature=-sse,-sse2",
     "-Cno-redzone=yes",
     "-Cforce-frame-pointers=yes",
     "-Clink-arg=-nostdlib",
     "-Clink-arg=-nostartfiles",
 ];
 
-/// The warning that [`FREESTANDING`] causes.
+/// The warning that [`NO_SSE`] causes.
 const KNOWN_WARNING: &str =
     "must be enabled to ensure that the ABI of the current target can be implemented correctly";
 
@@ -51,6 +54,7 @@ pub fn all() -> Result<Built> {
     let root = paths::root();
     let script = format!("-Clink-arg=-T{}", root.join("linker.ld").display());
     let flags = [
+        NO_SSE,
         // The kernel is linked into the top 2 GiB.
         "-Ccode-model=kernel",
         "-Crelocation-model=static",
@@ -68,6 +72,8 @@ pub fn all() -> Result<Built> {
     let flags = [
         "-Crelocation-model=pic",
         "-Clink-arg=-static-pie",
+        // What `uefi::entry` defines.
+        "-Clink-arg=-Wl,-e,efi_main",
         "-Clink-arg=-Wl,-z,norelro",
     ];
     let elf = cargo(
@@ -95,6 +101,7 @@ pub fn guest(name: &str) -> Result<PathBuf> {
         paths::root().join("tests/guests/linker.ld").display()
     );
     let flags = [
+        NO_SSE,
         "-Crelocation-model=static",
         "-Clink-arg=-static",
         "-Clink-arg=-no-pie",
