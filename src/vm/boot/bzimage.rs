@@ -3,7 +3,7 @@
 use super::placement::{
     self, CODE_SELECTOR, CodeSegment, DATA_SELECTOR, Initrd, PAGE_TABLES, PARAMETERS,
 };
-use super::{BootError, EntryMode, EntryState};
+use super::{BootError, Content, EntryMode, EntryState};
 use crate::addr::Gpa;
 use crate::vm::memory::{GuestMemory, OutOfSlot};
 use crate::vm::memory_map::{HIGH_RAM, MemoryMap};
@@ -12,7 +12,6 @@ use crate::vm::memory_map::{HIGH_RAM, MemoryMap};
 mod header {
     pub const SETUP_SECTORS: usize = 0x1f1;
     pub const SYSTEM_SIZE: usize = 0x1f4;
-    pub const BOOT_FLAG: usize = 0x1fe;
     pub const JUMP_LENGTH: usize = 0x201;
     pub const MAGIC: usize = 0x202;
     pub const VERSION: usize = 0x206;
@@ -51,7 +50,10 @@ fn bytes<const N: usize>(image: &[u8], offset: usize) -> Result<[u8; N], BootErr
     image
         .get(offset..offset + N)
         .and_then(|bytes| bytes.try_into().ok())
-        .ok_or(BootError::NotAKernel)
+        .ok_or(BootError::Truncated {
+            need: HEADER_END_LIMIT as u64,
+            have: image.len() as u64,
+        })
 }
 
 fn word(image: &[u8], offset: usize) -> Result<u16, BootError> {
@@ -77,8 +79,9 @@ struct Header {
 
 impl Header {
     fn read(image: &[u8]) -> Result<Self, BootError> {
-        if word(image, header::BOOT_FLAG)? != 0xaa55 || bytes(image, header::MAGIC)? != *b"HdrS" {
-            return Err(BootError::NotAKernel);
+        let content = Content::of(image);
+        if content != Content::BzImage {
+            return Err(BootError::NotAKernel(content));
         }
         let version = word(image, header::VERSION)?;
         if version < VERSION_2_12 {
@@ -243,7 +246,7 @@ mod tests {
         let mut image = vec![0u8; 512 * 3 + 64];
         image[header::SETUP_SECTORS] = 2;
         image[header::SYSTEM_SIZE..][..4].copy_from_slice(&4u32.to_le_bytes());
-        image[header::BOOT_FLAG..][..2].copy_from_slice(&[0x55, 0xaa]);
+        image[0x1fe..][..2].copy_from_slice(&[0x55, 0xaa]);
         image[header::JUMP_LENGTH] = 0x6a;
         image[header::MAGIC..][..4].copy_from_slice(b"HdrS");
         image[header::VERSION..][..2].copy_from_slice(&0x20fu16.to_le_bytes());
@@ -399,9 +402,19 @@ mod tests {
         let mut load = |image: &[u8], initrd: Option<&[u8]>, line: &str| {
             guest.load(image, initrd, line).unwrap_err()
         };
-        assert_eq!(load(b"#!/bin/sh", None, ""), BootError::NotAKernel);
-        assert_eq!(load(&[0; 4096], None, ""), BootError::NotAKernel);
+        assert_eq!(
+            load(b"#!/bin/sh", None, ""),
+            BootError::NotAKernel(Content::Text)
+        );
         let good = image();
+        // Cut off inside the header.
+        assert_eq!(
+            load(&good[..520], None, ""),
+            BootError::Truncated {
+                need: 0x290,
+                have: 520
+            }
+        );
         assert_eq!(
             load(&good[..512 * 3 + 10], None, ""),
             BootError::Truncated {

@@ -1,8 +1,11 @@
 //! Boot protocols: from an image to the state in which the first vCPU starts.
 
 pub mod bzimage;
+mod content;
 mod placement;
 pub mod pvh;
+
+pub use content::Content;
 
 use super::memory::{GuestMemory, OutOfSlot};
 use super::memory_map::MemoryMap;
@@ -35,7 +38,8 @@ pub struct EntryState {
 /// Why an image cannot be booted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BootError {
-    NotAKernel,
+    /// Neither a bzImage nor an ELF file, but what looks like this.
+    NotAKernel(Content),
     Truncated {
         need: u64,
         have: u64,
@@ -85,8 +89,9 @@ impl From<object::read::Error> for BootError {
 impl fmt::Display for BootError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
-            Self::NotAKernel => f.write_str(
-                "the kernel image is neither a Linux bzImage (no boot sector signature and \"HdrS\") nor an ELF file; name a kernel such as vmlinuz",
+            Self::NotAKernel(content) => write!(
+                f,
+                "the kernel image is neither a Linux bzImage nor an ELF file: it looks like {content}; name a kernel such as vmlinuz"
             ),
             Self::Truncated { need, have } => write!(
                 f,
@@ -151,8 +156,10 @@ pub fn load(
     map: &MemoryMap,
     rsdp: Gpa,
 ) -> Result<EntryState, BootError> {
-    if kernel.starts_with(pvh::MAGIC) {
-        return pvh::load(kernel, initrd, cmdline, memory, map, rsdp);
-    }
-    bzimage::load(kernel, initrd, cmdline, memory, map, rsdp)
+    let load = match Content::of(kernel) {
+        Content::BzImage => bzimage::load,
+        Content::Elf => pvh::load,
+        other => return Err(BootError::NotAKernel(other)),
+    };
+    load(kernel, initrd, cmdline, memory, map, rsdp)
 }
