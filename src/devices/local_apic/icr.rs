@@ -8,15 +8,25 @@ const DELIVERY_STATUS: u32 = 1 << 12;
 const ASSERT: u32 = 1 << 14;
 const LEVEL: u32 = 1 << 15;
 const SHORTHAND_SHIFT: u32 = 18;
+const SHORTHAND: u32 = 3 << SHORTHAND_SHIFT;
 const SELF: u32 = 1 << SHORTHAND_SHIFT;
+const MODE: u32 = 7 << 8;
 
 /// What software can write to the low half. The delivery status is always idle.
-pub const WRITABLE: u32 = 0xff | 7 << 8 | LOGICAL | ASSERT | LEVEL | 3 << SHORTHAND_SHIFT;
+pub const WRITABLE: u32 = 0xff | MODE | LOGICAL | ASSERT | LEVEL | SHORTHAND;
 
 /// Bits that fault when they are set in x2APIC mode. The delivery status, which
 /// that mode does not have, is ignored: software writes back what it has read
 /// in the other mode.
 pub const X2APIC_RESERVED: u64 = !(0xffff_ffff << 32 | (WRITABLE | DELIVERY_STATUS) as u64);
+
+/// Whether the low half asks for a fixed interrupt to the sender, by the
+/// shorthand: the commonest command of a kernel that runs on one CPU, so it is
+/// told without decoding the rest.
+#[inline]
+pub const fn is_fixed_to_itself(low: u32) -> bool {
+    low & (MODE | SHORTHAND) == SELF
+}
 
 /// What a write to the ICR asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,12 +40,6 @@ pub enum Command {
 }
 
 impl Command {
-    /// What a write of `vector` to the self-IPI register asks for (SDM 3, 12.12.11).
-    #[inline]
-    pub fn self_ipi(vector: u8) -> Self {
-        Self::decode(SELF | u32::from(vector), 0, u32::MAX)
-    }
-
     /// Decodes the low half, with the destination field `destination`, whose
     /// value `broadcast` (all ones, in the width of the mode) means everyone.
     #[inline]

@@ -193,6 +193,7 @@ impl LocalApic {
 
     /// The end of a level-triggered interrupt: a LINT pin's, if it has that
     /// vector, and perhaps one of the I/O APIC.
+    #[inline(never)]
     pub(super) fn end_level_interrupt(&mut self, vector: u8) -> Option<Action> {
         for (pin, offset) in LINT.into_iter().enumerate() {
             let entry = self.entry(offset);
@@ -207,6 +208,7 @@ impl LocalApic {
 
     /// Notes an error for the ESR and, when it is new since the last write
     /// there, raises the error interrupt (SDM 3, 12.5.3).
+    #[cold]
     pub(super) fn record_error(&mut self, error: u32) {
         if self.errors & error != 0 {
             return;

@@ -8,7 +8,7 @@
 //! pins put its vector into the IRR; [`LocalApic::pending`] says whether the
 //! processor priority lets it through; [`LocalApic::acknowledge`] moves it to
 //! the ISR; [`LocalApic::eoi`] ends it. Each is on the light path of a VM exit:
-//! no allocation, and never a look at more than the eight words of a register.
+//! no allocation and no search.
 //!
 //! | module | what it is |
 //! | --- | --- |
@@ -33,6 +33,7 @@ pub use timer::{APIC_TIMER_HZ, MIN_PERIOD};
 
 use super::{Clock, DeliveryMode, Destination, Message, Ticks, Trigger};
 use alloc::boxed::Box;
+use page::Vectors;
 use timer::Timer;
 
 /// The access faults: the guest gets #GP(0).
@@ -100,6 +101,8 @@ pub struct LocalApic {
     /// Address and bootstrap flag, as in IA32_APIC_BASE.
     base: u64,
     timer: Timer,
+    requested: Vectors<{ register::IRR }>,
+    in_service: Vectors<{ register::ISR }>,
     /// Errors since the last write to the ESR.
     errors: u32,
     /// Levels of the LINT pins.
@@ -121,6 +124,8 @@ impl LocalApic {
             mode: Mode::XApic,
             base: base::at_power_on(bootstrap),
             timer: Timer::new(clock),
+            requested: Vectors::default(),
+            in_service: Vectors::default(),
             errors: 0,
             lint: [false; 2],
         };
@@ -149,11 +154,11 @@ impl LocalApic {
     }
 
     /// Recomputes what follows from registers that the CPU has written in the
-    /// page by itself (TPR, ISR).
-    #[inline]
+    /// page by itself (TPR, IRR, ISR).
     pub fn refresh(&mut self) {
-        let in_service = self.page.highest_vector(register::ISR).unwrap_or(0);
-        self.set_priority(in_service);
+        self.requested = Vectors::load(&self.page);
+        self.in_service = Vectors::load(&self.page);
+        self.set_priority();
     }
 
     /// The mode.
@@ -239,7 +244,7 @@ impl LocalApic {
             Trigger::Edge => self.page.clear_vector(register::TMR, vector),
             Trigger::Level => self.page.set_vector(register::TMR, vector),
         }
-        self.page.set_vector(register::IRR, vector);
+        self.requested.insert(&mut self.page, vector);
     }
 
     /// The vector that the CPU would take now: the highest that is requested, if
@@ -247,7 +252,7 @@ impl LocalApic {
     /// APIC disabled; what was requested before is kept.
     #[inline]
     pub fn pending(&self) -> Option<u8> {
-        let vector = self.page.highest_vector(register::IRR)?;
+        let vector = self.requested.highest(&self.page)?;
         let class = u32::from(vector) & 0xf0;
         (class > self.page.get(register::PPR) & 0xf0 && self.is_enabled()).then_some(vector)
     }
@@ -256,8 +261,8 @@ impl LocalApic {
     #[inline]
     pub fn acknowledge(&mut self) -> Option<u8> {
         let vector = self.pending()?;
-        self.page.clear_vector(register::IRR, vector);
-        self.page.set_vector(register::ISR, vector);
+        self.requested.remove(&mut self.page, vector);
+        self.in_service.insert(&mut self.page, vector);
         // Its class is above the TPR's, so it is the processor priority.
         self.page.set(register::PPR, u32::from(vector) & 0xf0);
         Some(vector)
@@ -266,9 +271,9 @@ impl LocalApic {
     /// Ends the interrupt in service that has the highest priority.
     #[inline]
     pub fn eoi(&mut self) -> Option<Action> {
-        let vector = self.page.highest_vector(register::ISR)?;
-        self.page.clear_vector(register::ISR, vector);
-        self.refresh();
+        let vector = self.in_service.highest(&self.page)?;
+        self.in_service.remove(&mut self.page, vector);
+        self.set_priority();
         if self.page.has_vector(register::TMR, vector) {
             self.end_level_interrupt(vector)
         } else {
@@ -291,14 +296,15 @@ impl LocalApic {
     #[inline]
     fn set_tpr(&mut self, value: u32) {
         self.page.set(register::TPR, value);
-        self.refresh();
+        self.set_priority();
     }
 
-    /// Sets the processor priority when `in_service` is the highest vector in
-    /// service (SDM 3, 12.8.3.1; where that leaves a choice, as 31.1.3).
+    /// Sets the processor priority (SDM 3, 12.8.3.1; where that leaves a choice,
+    /// as 31.1.3).
     #[inline]
-    fn set_priority(&mut self, in_service: u8) {
+    fn set_priority(&mut self) {
         let tpr = self.page.get(register::TPR) & 0xff;
+        let in_service = self.in_service.highest(&self.page).unwrap_or(0);
         let class = u32::from(in_service) & 0xf0;
         let priority = if tpr & 0xf0 >= class { tpr } else { class };
         self.page.set(register::PPR, priority);
@@ -308,8 +314,8 @@ impl LocalApic {
     /// lowest-priority message is for, the lowest of these takes it.
     pub fn arbitration_priority(&self) -> u8 {
         let tpr = self.page.get(register::TPR) as u8;
-        let requested = self.page.highest_vector(register::IRR).unwrap_or(0) & 0xf0;
-        let in_service = self.page.highest_vector(register::ISR).unwrap_or(0) & 0xf0;
+        let requested = self.requested.highest(&self.page).unwrap_or(0) & 0xf0;
+        let in_service = self.in_service.highest(&self.page).unwrap_or(0) & 0xf0;
         let class = tpr & 0xf0;
         if class >= requested && class > in_service {
             tpr

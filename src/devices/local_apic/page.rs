@@ -96,15 +96,48 @@ impl ApicPage {
         let word = word_of(base, vector);
         self.set(word, self.get(word) & !bit_of(vector));
     }
+}
 
-    /// The highest vector in the 256-bit register that starts at `base`.
+/// The 256-bit register at offset `BASE`, and beside it which of its eight words
+/// hold a vector, so that the highest is found without a search.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Vectors<const BASE: u16> {
+    words: u8,
+}
+
+impl<const BASE: u16> Vectors<BASE> {
     #[inline]
-    pub fn highest_vector(&self, base: u16) -> Option<u8> {
-        (0..8u8).rev().find_map(|index| {
-            let word = self.get(base + STRIDE * u16::from(index));
-            let bit = word.checked_ilog2()?;
-            Some(index << 5 | bit as u8)
-        })
+    pub const fn insert(&mut self, page: &mut ApicPage, vector: u8) {
+        page.set_vector(BASE, vector);
+        self.words |= 1 << (vector >> 5);
+    }
+
+    #[inline]
+    pub const fn remove(&mut self, page: &mut ApicPage, vector: u8) {
+        page.clear_vector(BASE, vector);
+        if page.get(word_of(BASE, vector)) == 0 {
+            self.words &= !(1 << (vector >> 5));
+        }
+    }
+
+    /// The highest vector.
+    #[inline]
+    pub const fn highest(&self, page: &ApicPage) -> Option<u8> {
+        let Some(word) = self.words.checked_ilog2() else {
+            return None;
+        };
+        match page.get(BASE + STRIDE * word as u16).checked_ilog2() {
+            Some(bit) => Some((word << 5 | bit) as u8),
+            None => None,
+        }
+    }
+
+    /// What `page` says.
+    pub fn load(page: &ApicPage) -> Self {
+        let words = (0..8)
+            .filter(|&word| page.get(BASE + STRIDE * word) != 0)
+            .fold(0, |words, word| words | 1 << word);
+        Self { words }
     }
 }
 

@@ -4,10 +4,10 @@
 
 use super::icr::{self, Command};
 use super::lvt::{self, Entry};
-use super::page::register;
+use super::page::{Vectors, register};
 use super::timer::TimerMode;
 use super::{Action, Fault, LocalApic, Mode};
-use crate::devices::{DeliveryMode, Destination, Ticks, Width};
+use crate::devices::{DeliveryMode, Destination, Ticks, Trigger, Width};
 
 /// An integrated APIC whose highest entry of the local vector table is number 5.
 const VERSION: u32 = 0x15 | (lvt::ENTRIES.len() as u32 - 1) << 16;
@@ -30,6 +30,9 @@ pub const SENT_ILLEGAL_VECTOR: u32 = 1 << 5;
 pub const RECEIVED_ILLEGAL_VECTOR: u32 = 1 << 6;
 const ILLEGAL_REGISTER: u32 = 1 << 7;
 
+/// The bits of the divide configuration.
+const DIVIDE: u32 = 0b1011;
+
 /// Vectors below are illegal.
 pub const LEAST_VECTOR: u8 = 16;
 
@@ -42,6 +45,8 @@ impl LocalApic {
     /// The registers after power-on or INIT, in the mode (SDM 3, 12.4.7.1 and 12.12.5.1).
     pub(super) fn reset(&mut self) {
         self.page.clear();
+        self.requested = Vectors::default();
+        self.in_service = Vectors::default();
         self.timer.reset();
         self.errors = 0;
         let suppress = if self.config.eoi_broadcast_suppression {
@@ -120,7 +125,7 @@ impl LocalApic {
                 let low = value & icr::WRITABLE;
                 self.page.set(register::ICR, low);
                 let destination = self.page.get(register::ICR_HIGH) >> 24;
-                return self.command(Command::decode(low, destination, 0xff));
+                return self.send(low, destination, 0xff);
             }
             register::ICR_HIGH | register::LDR => self.page.set(offset, value & 0xff << 24),
             register::DFR => self.page.set(offset, value | DFR_ONES),
@@ -158,24 +163,31 @@ impl LocalApic {
     #[inline]
     pub fn msr_write(&mut self, now: Ticks, msr: u32, value: u64) -> Result<Option<Action>, Fault> {
         let offset = self.x2apic_offset(msr)?;
-        if value & self.x2apic_reserved(offset)? != 0 {
-            return Err(Fault);
-        }
         let low = value as u32;
-        Ok(match offset {
-            register::EOI => self.eoi(),
-            register::ICR => {
+        // What a busy guest writes comes first.
+        match offset {
+            register::EOI if value == 0 => return Ok(self.eoi()),
+            register::ICR if value & icr::X2APIC_RESERVED == 0 => {
                 let (low, high) = (low & icr::WRITABLE, (value >> 32) as u32);
                 self.page.set(register::ICR, low);
                 self.page.set(register::ICR + 4, high);
-                self.command(Command::decode(low, high, u32::MAX))
+                return Ok(self.send(low, high, u32::MAX));
             }
-            register::SELF_IPI => self.command(Command::self_ipi(low as u8)),
-            _ => {
-                self.write(now, offset, low);
-                None
-            }
-        })
+            register::SELF_IPI if value <= 0xff => self.send_to_itself(low as u8),
+            _ => self.x2apic_write(now, offset, value)?,
+        }
+        Ok(None)
+    }
+
+    /// Writes a register in x2APIC mode that is not a command.
+    #[inline(never)]
+    fn x2apic_write(&mut self, now: Ticks, offset: u16, value: u64) -> Result<(), Fault> {
+        let defined = self.x2apic_defined(offset).ok_or(Fault)?;
+        if value & !u64::from(defined) != 0 {
+            return Err(Fault);
+        }
+        self.write(now, offset, value as u32);
+        Ok(())
     }
 
     fn x2apic_offset(&self, msr: u32) -> Result<u16, Fault> {
@@ -187,19 +199,18 @@ impl LocalApic {
         }
     }
 
-    /// The bits that may not be set in a write to a register in x2APIC mode.
-    fn x2apic_reserved(&self, offset: u16) -> Result<u64, Fault> {
-        let defined = match offset {
-            register::ICR => return Ok(icr::X2APIC_RESERVED),
-            register::EOI | register::ESR => 0,
-            register::TPR | register::SELF_IPI => 0xff,
+    /// The bits that may be set in a write to a register in x2APIC mode; `None`
+    /// when it cannot be written.
+    fn x2apic_defined(&self, offset: u16) -> Option<u32> {
+        Some(match offset {
+            register::TPR => 0xff,
             register::SVR => self.svr_defined(),
+            register::ESR => 0,
             register::LVT_TIMER..=register::LVT_ERROR => Entry::defined(offset),
             register::INITIAL_COUNT => u32::MAX,
-            register::DIVIDE => 0b1011,
-            _ => return Err(Fault),
-        };
-        Ok(!u64::from(defined))
+            register::DIVIDE => DIVIDE,
+            _ => return None,
+        })
     }
 
     const fn svr_defined(&self) -> u32 {
@@ -267,7 +278,7 @@ impl LocalApic {
             }
             register::DIVIDE => {
                 self.advance(now);
-                self.page.set(register::DIVIDE, value & 0b1011);
+                self.page.set(register::DIVIDE, value & DIVIDE);
                 self.timer.set_divide(now, value);
             }
             _ => return false,
@@ -280,26 +291,39 @@ impl LocalApic {
         self.page.set(register::INITIAL_COUNT, count);
     }
 
-    /// Does what a write to the ICR asks. A fixed interrupt for this APIC alone
-    /// is accepted here.
+    /// Does what a write of `low` to the ICR asks, with this destination field.
+    /// A fixed interrupt for this APIC alone is accepted here.
     #[inline]
-    fn command(&mut self, command: Command) -> Option<Action> {
+    fn send(&mut self, low: u32, destination: u32, broadcast: u32) -> Option<Action> {
+        if icr::is_fixed_to_itself(low) {
+            self.send_to_itself(low as u8);
+            return None;
+        }
+        self.send_decoded(Command::decode(low, destination, broadcast))
+    }
+
+    #[inline(never)]
+    fn send_decoded(&mut self, command: Command) -> Option<Action> {
         match command {
-            Command::Send(message) => {
-                let own = match message.destination {
-                    Destination::Itself => true,
-                    Destination::Physical(id) => id == self.physical_id(),
-                    _ => false,
-                };
-                if own && message.mode == DeliveryMode::Fixed {
-                    self.accept(message);
-                    return None;
-                }
-                return Some(Action::Send(message));
+            Command::Send(message)
+                if message.mode == DeliveryMode::Fixed
+                    && message.destination == Destination::Physical(self.physical_id()) =>
+            {
+                self.accept(message);
             }
+            Command::Send(message) => return Some(Action::Send(message)),
             Command::IllegalVector => self.record_error(SENT_ILLEGAL_VECTOR),
             Command::Invalid => {}
         }
         None
+    }
+
+    #[inline]
+    fn send_to_itself(&mut self, vector: u8) {
+        if vector < LEAST_VECTOR {
+            self.record_error(SENT_ILLEGAL_VECTOR);
+        } else if self.is_enabled() {
+            self.request(vector, Trigger::Edge);
+        }
     }
 }

@@ -56,3 +56,10 @@ fn message(mode: DeliveryMode, vector: u8, trigger: Trigger) -> Message {
 fn fixed(vector: u8, trigger: Trigger) -> Message {
     message(DeliveryMode::Fixed, vector, trigger)
 }
+
+/// The highest vector in the 256-bit register at `base`, by a search of the page.
+fn highest(page: &ApicPage, base: u16) -> Option<u8> {
+    (0..=255)
+        .rev()
+        .find(|&vector| page.has_vector(base, vector))
+}

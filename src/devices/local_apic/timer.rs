@@ -91,7 +91,10 @@ impl Timer {
         match self.deadline {
             Some(deadline) if deadline <= now => {
                 self.tsc_deadline = 0;
-                self.deadline = self.next_period(now);
+                self.deadline = match self.mode {
+                    TimerMode::Periodic => self.next_period(now),
+                    _ => None,
+                };
                 true
             }
             _ => false,
@@ -180,23 +183,20 @@ impl Timer {
 
     /// The first expiry of the periodic timer after `now`, with [`MIN_PERIOD`] between
     /// two. They stay at multiples of the period, so lateness does not add up.
+    #[inline(never)]
     fn next_period(&self, now: Ticks) -> Option<Ticks> {
         let first = self.cycles(self.first);
         let period = self.period();
         let pause = if period < MIN_PERIOD { MIN_PERIOD } else { 1 };
+        // The least multiple of the period, counted from `first`, that is not before this.
         let earliest = self.elapsed(now).saturating_add(pause);
-        let periods = match earliest.saturating_sub(first).checked_div(period) {
-            Some(whole) => whole.saturating_add(1),
-            None => return None,
-        };
-        // One period too many when `earliest` is a multiple.
-        let last = first.saturating_add(period.saturating_mul(periods - 1));
-        let next = if last >= earliest {
-            last
-        } else {
-            last.saturating_add(period)
+        let after_first = earliest.saturating_sub(first);
+        let next = match after_first.checked_rem(period)? {
+            0 => earliest,
+            past => earliest.saturating_add(period - past),
         };
         let next = self.after_origin(next);
+        // A saturated sum must not expire over and over.
         Some(next.max(Ticks(now.0.saturating_add(1))))
     }
 
