@@ -118,13 +118,23 @@ pub unsafe fn start() -> Result<Vmx, Unusable> {
     // name, are set or harmless here.
     unsafe {
         Cr0::write_raw((Cr0::read_raw() | capabilities.cr0_fixed0) & capabilities.cr0_fixed1);
-        Cr4::write_raw((Cr4::read_raw() | capabilities.cr4_fixed0) & capabilities.cr4_fixed1);
+        Cr4::write_raw(
+            (Cr4::read_raw() | os_xsave() | capabilities.cr4_fixed0) & capabilities.cr4_fixed1,
+        );
         VmxError::check(x86::bits64::vmx::vmxon(region.0)).map_err(Unusable::Vmxon)?;
     }
     Ok(Vmx {
         capabilities,
         controls,
     })
+}
+
+/// CR4.OSXSAVE where the CPU has XSAVE: the guest's XSETBV is executed for it.
+fn os_xsave() -> u64 {
+    let has_xsave = crate::arch::cpu::cpuid()
+        .get_feature_info()
+        .is_some_and(|info| info.has_xsave());
+    if has_xsave { 1 << 18 } else { 0 }
 }
 
 /// A zeroed page that begins with the revision identifier: a VMXON region or a VMCS.
