@@ -9,7 +9,9 @@ use super::memory_map::TABLES_START;
 use crate::addr::Gpa;
 use crate::devices::pc;
 use acpi_tables::Aml;
-use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate, Scope};
+use acpi_tables::aml::{
+    AddressSpace, Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate, Scope,
+};
 use acpi_tables::facs::FACS;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
@@ -69,13 +71,16 @@ fn fadt(facs: u64, dsdt: u64) -> Sdt {
     const LENGTH: u32 = 276;
     /// WBINVD works.
     const WBINVD: u32 = 1 << 0;
+    /// C1, which is HLT, works on every processor.
+    const PROC_C1: u32 = 1 << 2;
     /// There is no sleep button. The power button is fixed hardware (bit 4 is clear).
     const NO_FIXED_SLEEP_BUTTON: u32 = 1 << 5;
     /// The real-time clock's alarm does not wake through the PM1 block.
     const FIX_RTC: u32 = 1 << 6;
     const TIMER_32_BIT: u32 = (pc::PM_TIMER_32_BIT as u32) << 8;
     const RESET_REGISTER: u32 = 1 << 10;
-    const FLAGS: u32 = WBINVD | NO_FIXED_SLEEP_BUTTON | FIX_RTC | TIMER_32_BIT | RESET_REGISTER;
+    const FLAGS: u32 =
+        WBINVD | PROC_C1 | NO_FIXED_SLEEP_BUTTON | FIX_RTC | TIMER_32_BIT | RESET_REGISTER;
     /// Legacy devices, and no VGA. Clear: bit 1, there is no keyboard behind the 8042; bit 5,
     /// there is a real-time clock.
     const BOOT_FLAGS: u16 = 1 | 1 << 2;
@@ -159,9 +164,24 @@ fn dsdt() -> Sdt {
     let (rtc_ports, rtc_irq) = (ports(pc::RTC, 2), interrupt(pc::RTC_IRQ));
     let serial = ResourceTemplate::new(alloc::vec![&com1_ports, &com1_irq]);
     let clock = ResourceTemplate::new(alloc::vec![&rtc_ports, &rtc_irq]);
+    // Without a host bridge Linux looks for no PCI bus. It has no windows: nothing on the bus
+    // decodes any.
+    let (buses, config_ports) = (
+        AddressSpace::new_bus_number(0u16, 0xff),
+        ports(pc::PCI_ADDRESS, 8),
+    );
+    let bridge = ResourceTemplate::new(alloc::vec![&buses, &config_ports]);
     Scope::new(
         "_SB_".into(),
         alloc::vec![
+            &Device::new(
+                "PCI0".into(),
+                alloc::vec![
+                    &Name::new("_HID".into(), &EISAName::new("PNP0A03")),
+                    &Name::new("_UID".into(), &0u8),
+                    &Name::new("_CRS".into(), &bridge),
+                ],
+            ),
             &Device::new(
                 "COM1".into(),
                 alloc::vec![
@@ -359,6 +379,25 @@ mod tests {
         assert!(has(&[
             0x47, 1, 0xf8, 0x03, 0xf8, 0x03, 1, 8, 0x89, 6, 0, 0b0011, 1, 4, 0, 0, 0,
         ]));
+    }
+
+    #[test]
+    fn the_host_bridge_has_buses_and_ports_and_no_windows() {
+        let dsdt = dsdt();
+        let aml = dsdt.as_slice();
+        // Word address space: bus numbers 0 to 255, consumed and produced nowhere else; then the
+        // eight ports of mechanism 1, and the end tag.
+        let resources: &[u8] = &[
+            0x88, 13, 0, 2, 0x0c, 0, 0, 0, 0, 0, 0xff, 0, 0, 0, 0, 1, //
+            0x47, 1, 0xf8, 0x0c, 0xf8, 0x0c, 1, 8, 0x79,
+        ];
+        let at = |bytes: &[u8]| {
+            aml.windows(bytes.len())
+                .position(|window| window == bytes)
+                .unwrap()
+        };
+        let identifier = at(&[0x0c, 0x41, 0xd0, 0x0a, 0x03]);
+        assert!((identifier..at(b"COM1")).contains(&at(resources)));
     }
 
     #[test]
