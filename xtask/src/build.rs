@@ -91,6 +91,9 @@ pub fn all() -> Result<Built> {
     Ok(Built { kernel, loader })
 }
 
+/// The small guests: the programs in `tests/guests`.
+pub const GUESTS: [&str; 6] = ["pc", "triple", "vmxon", "unmapped", "hang", "reset"];
+
 /// Builds the small guest `name`, one of the programs in `tests/guests`.
 ///
 /// # Errors

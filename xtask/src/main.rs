@@ -19,7 +19,11 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Build the kernel and the EFI application around it
-    Build,
+    Build {
+        /// Build the small guests of the integration tests too
+        #[arg(long)]
+        guests: bool,
+    },
     /// Make a disk image to write to a USB stick
     Image {
         /// The image to write
@@ -48,9 +52,14 @@ fn main() -> ExitCode {
 
 fn execute(command: Command) -> Result<u8> {
     match command {
-        Command::Build => {
+        Command::Build { guests } => {
             let built = xtask::build::all()?;
             println!("{}", built.loader.display());
+            if guests {
+                for name in xtask::build::GUESTS {
+                    println!("{}", xtask::build::guest(name)?.display());
+                }
+            }
             Ok(0)
         }
         Command::Image { output, guest } => run::make_image(&output, &guest).map(|()| 0),

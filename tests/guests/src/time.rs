@@ -1,0 +1,45 @@
+//! The time-stamp counter as a clock.
+
+use crate::cpu::{cpuid, rdtsc};
+
+/// Ticks of the time-stamp counter in a second, as the hypervisor's CPUID leaf says.
+pub fn tsc_hz() -> u64 {
+    u64::from(cpuid(0x4000_0010, 0)[0]) * 1000
+}
+
+/// Ticks of the local APIC timer's input in a second, as the same leaf says.
+pub fn apic_hz() -> u64 {
+    u64::from(cpuid(0x4000_0010, 0)[1]) * 1000
+}
+
+/// Ticks in so many microseconds.
+pub fn microseconds(count: u64) -> u64 {
+    count * tsc_hz() / 1_000_000
+}
+
+/// Lets time pass.
+pub fn spin(ticks: u64) {
+    let start = rdtsc();
+    while rdtsc().wrapping_sub(start) < ticks {
+        core::hint::spin_loop();
+    }
+}
+
+/// Waits until `done`, for at most so many ticks; says how many it took.
+pub fn wait(limit: u64, done: impl Fn() -> bool) -> Option<u64> {
+    let start = rdtsc();
+    loop {
+        let passed = rdtsc().wrapping_sub(start);
+        if done() {
+            return Some(passed);
+        }
+        if passed > limit {
+            return None;
+        }
+    }
+}
+
+/// Whether `actual` is `expected`, give or take `percent`.
+pub fn is_near(actual: u64, expected: u64, percent: u64) -> bool {
+    actual.abs_diff(expected) * 100 <= expected * percent
+}
