@@ -84,6 +84,7 @@ impl Vcpu {
                 let value = self.general(registers, source);
                 match register {
                     0 => self.write_cr0(value)?,
+                    3 => self.write_cr3(value)?,
                     4 => self.write_cr4(value)?,
                     8 => self.write_cr8(value)?,
                     _ => return Err(Exception::InvalidOpcode),
@@ -96,7 +97,14 @@ impl Vcpu {
                 let value = self.apic.cr8().into();
                 self.set_general(registers, destination, value);
             }
-            // CR3 and the others are read without an exit.
+            ControlRegisterAccess::Read {
+                register: 3,
+                destination,
+            } => {
+                let value = self.vmcs.read(guest::CR3);
+                self.set_general(registers, destination, value);
+            }
+            // The others are read without an exit.
             ControlRegisterAccess::Read { .. } => return Err(Exception::InvalidOpcode),
             ControlRegisterAccess::Clts => {
                 let value = self.cr0() & !CR0_TS;
@@ -158,6 +166,19 @@ impl Vcpu {
         self.vmcs.write(control::CR0_SHADOW, value);
         self.load_pdptes();
         if (value ^ old) & (CR0_PG | CR0_PE | CR0_WP) != 0 {
+            self.flush_tlb();
+        }
+        Ok(())
+    }
+
+    /// Reached only where the CPU cannot do without CR3-load exiting (SDM 3, A.3.2).
+    fn write_cr3(&mut self, value: u64) -> Result<(), Exception> {
+        let pcide = self.cr4() & CR4_PCIDE != 0;
+        let (cr3, keep) = cr3_written(value, pcide, self.cpuid.physical_address_bits())
+            .ok_or(Exception::GeneralProtection)?;
+        self.vmcs.write(guest::CR3, cr3);
+        self.load_pdptes();
+        if !keep {
             self.flush_tlb();
         }
         Ok(())
@@ -267,9 +288,30 @@ impl Vcpu {
     }
 }
 
+/// What a MOV to CR3 leaves in the register, and whether it keeps the TLB;
+/// `None` is #GP (SDM 2, MOV to and from control registers, and SDM 3, 5.10.4.1).
+fn cr3_written(value: u64, pcide: bool, physical_address_bits: u32) -> Option<(u64, bool)> {
+    const KEEP: u64 = 1 << 63;
+    let keep = pcide && value & KEEP != 0;
+    let cr3 = if keep { value & !KEEP } else { value };
+    let reserved = u64::MAX.checked_shl(physical_address_bits).unwrap_or(0);
+    (cr3 & reserved == 0).then_some((cr3, keep))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bit_63_of_cr3_is_a_wish_with_process_contexts_and_a_fault_without() {
+        let table = 0x1234_5000;
+        let wish = 1 << 63 | table | 7;
+        assert_eq!(cr3_written(wish, true, 39), Some((table | 7, true)));
+        assert_eq!(cr3_written(wish, false, 39), None);
+        assert_eq!(cr3_written(table | 7, true, 39), Some((table | 7, false)));
+        assert_eq!(cr3_written(1 << 38, false, 39), Some((1 << 38, false)));
+        assert_eq!(cr3_written(1 << 39, true, 39), None);
+    }
 
     #[test]
     fn ts_and_wp_do_not_exit_and_what_the_guest_lacks_does() {
