@@ -167,7 +167,7 @@ pub fn exec_cmdline(cmdline: &str) -> String {
 /// LZ4 in the legacy frame format that Linux reads: a magic number, then
 /// blocks of at most 8 MiB of contents, each behind its compressed length.
 /// Source: "LZ4 Frame Format Description", section "Legacy frame".
-fn lz4_legacy(contents: &[u8]) -> Vec<u8> {
+pub(crate) fn lz4_legacy(contents: &[u8]) -> Vec<u8> {
     let mut frame = 0x184c_2102_u32.to_le_bytes().to_vec();
     for block in contents.chunks(8 << 20) {
         let packed = lz4_flex::block::compress(block);

@@ -19,5 +19,6 @@ pub mod run;
 pub mod session;
 pub mod symbols;
 pub mod terminal;
+pub mod uki;
 pub mod verdict;
 pub mod volume;

@@ -7,6 +7,8 @@
 //! it is complete and is never fetched again; a lock keeps concurrent
 //! invocations from fetching twice.
 
+mod rig;
+
 use crate::machine::{Bochs, Qemu};
 use crate::paths;
 use crate::progress::Progress;
@@ -123,18 +125,7 @@ impl<'a> Provisioner<'a> {
     /// # Errors
     /// When they cannot be fetched.
     pub fn default_guest(&self) -> Result<DefaultGuest> {
-        let record = self.folder.join("default-kernel");
-        let package = match fs::read_to_string(&record) {
-            Ok(package) => package.trim().to_owned(),
-            Err(_) => {
-                let _lock = self.lock()?;
-                let package = dependency(&self.apt_cache(&["show", KERNEL])?, "linux-image-")
-                    .with_context(|| format!("the package {KERNEL} names no kernel"))?;
-                replace(&record, package.as_bytes())?;
-                package
-            }
-        };
-        let boot = self.package(&package)?.join("boot");
+        let boot = self.cloud_kernel()?.join("boot");
         let kernel = fs::read_dir(&boot)?
             .filter_map(|entry| Some(entry.ok()?.path()))
             .find(|path| {
@@ -150,23 +141,43 @@ impl<'a> Provisioner<'a> {
         })
     }
 
+    /// The folder of the unpacked package of the current cloud kernel.
+    fn cloud_kernel(&self) -> Result<PathBuf> {
+        let record = self.folder.join("default-kernel");
+        let package = match fs::read_to_string(&record) {
+            Ok(package) => package.trim().to_owned(),
+            Err(_) => {
+                let _lock = self.lock()?;
+                let package = dependency(&self.apt_cache(&["show", KERNEL])?, "linux-image-")
+                    .with_context(|| format!("the package {KERNEL} names no kernel"))?;
+                replace(&record, package.as_bytes())?;
+                package
+            }
+        };
+        self.package(&package)
+    }
+
     /// A statically linked busybox and the names of its applets.
     ///
     /// # Errors
     /// When it cannot be fetched or does not run.
     pub fn busybox(&self) -> Result<(Vec<u8>, Vec<String>)> {
-        let folder = self.package("busybox-static")?;
-        let program = ["usr/bin/busybox", "bin/busybox"]
-            .map(|path| folder.join(path))
-            .into_iter()
-            .find(|path| path.is_file())
-            .context("the package busybox-static has no busybox")?;
+        let program = self.busybox_program()?;
         let list = output(Command::new(&program).arg("--list"))?;
         let applets = String::from_utf8_lossy(&list.stdout)
             .lines()
             .map(str::to_owned)
             .collect();
         Ok((paths::read(&program)?, applets))
+    }
+
+    fn busybox_program(&self) -> Result<PathBuf> {
+        let folder = self.package("busybox-static")?;
+        ["usr/bin/busybox", "bin/busybox"]
+            .map(|path| folder.join(path))
+            .into_iter()
+            .find(|path| path.is_file())
+            .context("the package busybox-static has no busybox")
     }
 
     fn ovmf(&self) -> Result<PathBuf> {
@@ -222,21 +233,7 @@ impl<'a> Provisioner<'a> {
 
     /// Bochs with the libraries that the system lacks, in one folder.
     fn unpacked_bochs(&self) -> Result<PathBuf> {
-        let folder = self.folder.join("bochs");
-        if !folder.is_dir() {
-            let wanted = [
-                "install",
-                "-s",
-                "--no-install-recommends",
-                "bochs",
-                "bochs-term",
-            ];
-            let missing = {
-                let _lock = self.lock()?;
-                self.apt_get(&wanted, &self.folder)?
-            };
-            self.unpack("bochs", &packages_to_unpack(&missing))?;
-        }
+        let folder = self.unpacked_with_libraries("bochs", &["bochs", "bochs-term"])?;
         let mut trial = Command::new(folder.join("usr/bin/bochs-bin"));
         trial.arg("--help").envs(bochs_environment(&folder));
         let result = trial.output().context("cannot start the unpacked bochs")?;
@@ -247,6 +244,22 @@ impl<'a> Provisioner<'a> {
             text.lines().next().unwrap_or("it says nothing")
         );
         Ok(folder)
+    }
+
+    /// The folder of the first of `packages`, with it and the libraries for all
+    /// of them that the system lacks.
+    fn unpacked_with_libraries(&self, name: &str, packages: &[&str]) -> Result<PathBuf> {
+        let folder = self.folder.join(name);
+        if folder.is_dir() {
+            return Ok(folder);
+        }
+        let mut wanted = vec!["install", "-s", "--no-install-recommends"];
+        wanted.extend(packages);
+        let missing = {
+            let _lock = self.lock()?;
+            self.apt_get(&wanted, &self.folder)?
+        };
+        self.unpack(name, &packages_to_unpack(name, &missing))
     }
 
     /// An empty folder of this name.
@@ -380,14 +393,14 @@ fn bochs_environment(folder: &Path) -> Vec<(String, String)> {
     ]
 }
 
-/// Of what a simulated installation of bochs lists (`Inst NAME ...`): bochs
-/// itself and the packages with libraries for it.
-fn packages_to_unpack(simulation: &str) -> Vec<String> {
+/// Of what a simulated installation of `package` lists (`Inst NAME ...`): the
+/// package itself and those with libraries for it.
+fn packages_to_unpack(package: &str, simulation: &str) -> Vec<String> {
     simulation
         .lines()
         .filter_map(|line| line.strip_prefix("Inst ")?.split_whitespace().next())
         .filter(|name| {
-            *name == "bochs"
+            *name == package
                 || (name.starts_with("lib") && !NO_LIBRARY.iter().any(|end| name.ends_with(end)))
         })
         .map(str::to_owned)
@@ -452,6 +465,9 @@ mod tests {
     fn of_an_installation_only_libraries_and_bochs_are_unpacked() {
         let simulation = "Inst libltdl7 (2.4.7-7 Debian:12 [amd64])\nInst libgtk-3-common (3.24 [all])\n\
              Inst adwaita-icon-theme (43 [all])\nInst bochs (2.7 [amd64]) []\nConf bochs (2.7 [amd64])\n";
-        assert_eq!(packages_to_unpack(simulation), ["libltdl7", "bochs"]);
+        assert_eq!(
+            packages_to_unpack("bochs", simulation),
+            ["libltdl7", "bochs"]
+        );
     }
 }

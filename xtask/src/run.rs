@@ -1,6 +1,6 @@
 //! `cargo xtask run`: from nothing to a guest's shell.
 
-use crate::machine::{Machine, MachineConfig, Platform, nested_vmx};
+use crate::machine::{Machine, MachineConfig, Platform, nested_vmx, rig};
 use crate::progress::Progress;
 use crate::provision::Provisioner;
 use crate::session::{End, Report, Session, Streams, input_is_terminal};
@@ -65,6 +65,8 @@ pub enum PlatformChoice {
     Bochs,
     /// QEMU, with KVM or without VT-x
     Qemu,
+    /// QEMU with KVM on Linux in Bochs: slow, and as strict as KVM where there is no VT-x
+    Nested,
 }
 
 impl PlatformChoice {
@@ -73,6 +75,9 @@ impl PlatformChoice {
     /// # Errors
     /// When it cannot be had.
     pub fn provision(self, provisioner: &Provisioner) -> Result<Box<dyn Platform>> {
+        if self == Self::Nested {
+            return Ok(Box::new(provisioner.rig()?));
+        }
         let qemu = match self {
             Self::Auto if nested_vmx() => provisioner.qemu().ok(),
             Self::Qemu => Some(provisioner.qemu()?),
@@ -253,7 +258,9 @@ impl RunFolder {
         if report.end.is_ok() {
             let _ = fs::remove_dir_all(&self.path);
         } else {
-            let _ = fs::remove_file(self.path.join("disk.img"));
+            for image in ["disk.img", rig::DISK] {
+                let _ = fs::remove_file(self.path.join(image));
+            }
         }
     }
 }

@@ -4,7 +4,7 @@ use super::{Machine, MachineConfig, Platform, bound_command, last_words};
 use crate::image::{CYLINDER, HEADS, SECTORS};
 use anyhow::{Context, Result, bail};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The CPU model without another wish: the one with the most of VT-x.
@@ -96,8 +96,10 @@ impl Bochs {
     }
 
     fn configuration(&self, config: &MachineConfig, display: &str, port: u16) -> Result<String> {
-        let disk = fs::metadata(&config.disk)
-            .with_context(|| format!("cannot read the disk image {}", config.disk.display()))?;
+        let mut disks = disk("master", &config.disk)?;
+        if let Some(second) = &config.second_disk {
+            disks += &disk("slave", second)?;
+        }
         let model = config.cpu_model.as_deref().unwrap_or(CPU_MODEL);
         // `ignore_bad_msrs=1`: the firmware reads MSRs that this CPU lacks.
         // `extension=none`: the firmware keeps to the serial console.
@@ -109,7 +111,7 @@ impl Bochs {
              vgaromimage: file={vga_bios}\n\
              pci: enabled=1, chipset=i440fx\n\
              vga: extension=none\n\
-             ata0-master: type=disk, path={disk_path}, mode=flat, cylinders={cylinders}, heads={HEADS}, spt={SECTORS}\n\
+             {disks}\
              com1: enabled=1, mode=socket-client, dev=127.0.0.1:{port}\n\
              display_library: {display}\n\
              log: bochs.log\n\
@@ -122,10 +124,19 @@ impl Bochs {
             memory = config.memory_mib,
             firmware = self.firmware.display(),
             vga_bios = self.vga_bios.display(),
-            disk_path = config.disk.display(),
-            cylinders = disk.len() / CYLINDER,
         ))
     }
+}
+
+/// The line for a disk at this place of the first channel.
+fn disk(place: &str, path: &Path) -> Result<String> {
+    let image = fs::metadata(path)
+        .with_context(|| format!("cannot read the disk image {}", path.display()))?;
+    Ok(format!(
+        "ata0-{place}: type=disk, path={}, mode=flat, cylinders={}, heads={HEADS}, spt={SECTORS}\n",
+        path.display(),
+        image.len() / CYLINDER
+    ))
 }
 
 #[cfg(test)]

@@ -5,9 +5,11 @@
 
 mod bochs;
 mod qemu;
+pub mod rig;
 
 pub use bochs::Bochs;
 pub use qemu::{Qemu, nested_vmx};
+pub use rig::Rig;
 
 use crate::paths;
 use anyhow::{Context, Result, bail};
@@ -31,6 +33,8 @@ const POLL: Duration = Duration::from_millis(20);
 pub struct MachineConfig {
     /// The disk image to boot.
     pub disk: PathBuf,
+    /// Bochs only: another disk, for a system that does not boot from it.
+    pub second_disk: Option<PathBuf>,
     /// An existing folder for what the emulator writes: configuration and log.
     pub folder: PathBuf,
     /// Memory of the whole machine, in MiB.
@@ -52,6 +56,7 @@ impl MachineConfig {
     pub fn new(disk: &Path, folder: &Path, guests: u64) -> Self {
         Self {
             disk: disk.to_owned(),
+            second_disk: None,
             folder: folder.to_owned(),
             memory_mib: memory_for(guests),
             cpus: 1,
@@ -63,6 +68,18 @@ impl MachineConfig {
     /// Where the emulator's own output goes.
     pub fn log(&self) -> PathBuf {
         self.folder.join("emulator.log")
+    }
+
+    /// Bochs refuses an image whose lock is there, and leaves it there when killed.
+    fn remove_locks(&self) {
+        for disk in [Some(&self.disk), self.second_disk.as_ref()]
+            .into_iter()
+            .flatten()
+        {
+            let mut lock = disk.as_os_str().to_owned();
+            lock.push(".lock");
+            let _ = fs::remove_file(lock);
+        }
     }
 }
 
@@ -89,7 +106,7 @@ pub trait Platform {
 pub struct Machine {
     child: Child,
     serial: TcpStream,
-    disk: PathBuf,
+    config: MachineConfig,
     ended: bool,
 }
 
@@ -128,7 +145,7 @@ impl Machine {
     pub fn stop(&mut self) {
         kill_group(&mut self.child);
         self.ended = true;
-        remove_lock(&self.disk);
+        self.config.remove_locks();
     }
 }
 
@@ -146,13 +163,6 @@ fn kill_group(child: &mut Child) {
     let _ = child.wait();
 }
 
-/// Bochs refuses an image whose lock is there, and leaves it there when killed.
-fn remove_lock(disk: &Path) {
-    let mut lock = disk.as_os_str().to_owned();
-    lock.push(".lock");
-    let _ = fs::remove_file(lock);
-}
-
 impl Machine {
     /// Starts an emulator in a process group of its own, and waits until it
     /// connects its first serial port. `command` makes the command for the
@@ -168,7 +178,7 @@ impl Machine {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
             .context("cannot open a port for the serial line")?;
         let mut command = command(listener.local_addr()?.port())?;
-        remove_lock(&config.disk);
+        config.remove_locks();
         let log = config.log();
         let output =
             File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
@@ -186,12 +196,12 @@ impl Machine {
             Ok(serial) => Ok(Self {
                 child,
                 serial,
-                disk: config.disk.clone(),
+                config: config.clone(),
                 ended: false,
             }),
             Err(error) => {
                 kill_group(&mut child);
-                remove_lock(&config.disk);
+                config.remove_locks();
                 Err(error)
             }
         }
