@@ -119,7 +119,7 @@ pub fn start() {
     interrupts::register(interrupts::COM1, |_| interrupt());
     with(|console| {
         console.running = true;
-        serial::set_interrupts(serial::IER_RECEIVE);
+        serial::enable_receive_interrupt();
     });
     io_apic::unmask_isa(io_apic::COM1_IRQ);
 }
@@ -139,10 +139,14 @@ pub fn write(bytes: &[u8]) -> usize {
         bytes[..taken].iter().for_each(|&byte| {
             console.transmit.push(byte);
         });
-        // Enabling the interrupt on an empty transmitter raises it at once.
-        if !console.draining && !console.transmit.is_empty() {
-            console.draining = true;
-            serial::set_interrupts(serial::IER_RECEIVE | serial::IER_TRANSMIT);
+        // The first bytes go directly: few characters need no interrupt then, and not every UART
+        // raises one when that of an empty transmitter is enabled.
+        if !console.draining {
+            serial::refill(|| console.transmit.pop());
+            if !console.transmit.is_empty() {
+                console.draining = true;
+                serial::set_transmit_interrupt(true);
+            }
         }
         taken
     })
@@ -178,16 +182,11 @@ pub fn interrupt() {
                 None => break,
             };
         }
-        if console.draining && serial::transmitter_empty() {
-            for _ in 0..serial::FIFO {
-                match console.transmit.pop() {
-                    Some(byte) => serial::send_now(byte),
-                    None => break,
-                }
-            }
+        if console.draining {
+            serial::refill(|| console.transmit.pop());
             if console.transmit.is_empty() {
                 console.draining = false;
-                serial::set_interrupts(serial::IER_RECEIVE);
+                serial::set_transmit_interrupt(false);
             }
         }
     });

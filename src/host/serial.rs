@@ -1,72 +1,69 @@
-//! The first serial port, a 16550: its registers and polled output.
+//! The first serial port: the driver of the crate `uart_16550`, and polled output.
 //!
 //! Polling is for early boot and for last words. Everything else goes through
 //! [`super::console`], because a character takes as long as tens of thousands
 //! of instructions.
 //!
-//! Set up here and not by a crate: those at hand choose 38400 baud, and what
-//! the firmware and the emulator speak is 115200.
+//! Nothing here waits for ever: not for a transmitter that does not move, nor
+//! for the driver's lock, whose holder may be what died. Where there is no
+//! UART, output vanishes.
 
-use crate::arch::port::{inb, outb};
+use crate::arch::cpu::without_interrupts;
+use arrayvec::ArrayVec;
 use core::fmt;
 use core::sync::atomic::{AtomicBool, Ordering};
+use spin::Mutex;
+use uart_16550::backend::PioBackend;
+use uart_16550::spec::FIFO_SIZE;
+use uart_16550::spec::registers::{IER, LSR};
+use uart_16550::{BaudRate, Config, Uart16550};
 
 /// I/O base of COM1.
 const BASE: u16 = 0x3f8;
-/// What the FIFO takes when the transmitter is empty, in bytes.
-pub const FIFO: usize = 16;
+/// 115200 8N1 with FIFOs, which is what firmware and emulators speak; the
+/// driver raises no interrupt until it is asked to.
+const CONFIG: Config = Config {
+    baud_rate: BaudRate::Baud115200,
+    ..Config::DEFAULT
+};
 /// Iterations to wait for the transmitter: at 115200 baud a character needs
 /// under 100 us, which no machine spends on fewer port reads than this.
 const PATIENCE: u32 = 200_000;
 
-/// The registers, by offset from the base (PC16550D data sheet, table II).
-#[derive(Clone, Copy)]
-#[repr(u16)]
-enum Register {
-    /// Receive buffer, transmit holding; divisor low while DLAB is set.
-    Data = 0,
-    /// Interrupt enable; divisor high while DLAB is set.
-    InterruptEnable = 1,
-    /// Read: interrupt identification. Write: FIFO control.
-    InterruptIdentification = 2,
-    LineControl = 3,
-    ModemControl = 4,
-    LineStatus = 5,
-    ModemStatus = 6,
-}
+type Uart = Uart16550<PioBackend>;
 
-const LSR_DATA_READY: u8 = 1 << 0;
-const LSR_TRANSMIT_EMPTY: u8 = 1 << 5;
-/// IER: received data available.
-pub(super) const IER_RECEIVE: u8 = 1 << 0;
-/// IER: transmit holding register empty.
-pub(super) const IER_TRANSMIT: u8 = 1 << 1;
+/// The driver before [`init`]: it sends one byte at a time.
+const COM1: Uart =
+    // SAFETY: the eight ports of COM1 belong to this module; a UART does not
+    // touch memory, and where there is none, reads give all ones.
+    match unsafe { Uart16550::new_port(BASE) } {
+        Ok(uart) => uart,
+        Err(_) => panic!("COM1 has eight ports"),
+    };
 
+static UART: Mutex<Uart> = Mutex::new(COM1);
 static PRESENT: AtomicBool = AtomicBool::new(false);
 
-fn read(register: Register) -> u8 {
-    // SAFETY: the eight ports of COM1 belong to this module; where there is no
-    // UART, reads give all ones.
-    unsafe { inb(BASE + register as u16) }
+/// Runs `f` with the driver. A lock that is not given back in time belongs to
+/// code that died; a driver as before [`init`] can do what last words need.
+fn with<R>(f: impl FnOnce(&mut Uart) -> R) -> R {
+    without_interrupts(|| {
+        let mut free = (0..PATIENCE).filter_map(|_| UART.try_lock());
+        match free.next() {
+            Some(mut uart) => f(&mut uart),
+            None => f(&mut { COM1 }),
+        }
+    })
 }
 
-fn write(register: Register, value: u8) {
-    // SAFETY: as for `read`; a UART does not touch memory.
-    unsafe { outb(BASE + register as u16, value) }
-}
-
-/// Sets the port to 115200 8N1 with FIFOs, interrupts off. Whether there is one.
+/// Sets the port up, with interrupts off. Whether there is one.
 pub fn init() -> bool {
-    let present = probe();
-    if present {
-        write(Register::InterruptEnable, 0);
-        write(Register::LineControl, 0x80); // DLAB
-        write(Register::Data, 1); // 115200 / 1
-        write(Register::InterruptEnable, 0);
-        write(Register::LineControl, 0x03); // 8N1
-        write(Register::InterruptIdentification, 0xc7); // FIFOs on and cleared, receive trigger at 14
-        write(Register::ModemControl, 0x0b); // DTR, RTS, OUT2: the interrupt output is gated by OUT2
-    }
+    let present = with(|uart| {
+        // The driver waits for what the firmware left in the transmitter, without a limit.
+        uart.check_present()
+            && (0..PATIENCE).any(|_| uart.lsr().contains(LSR::TRANSMITTER_EMPTY))
+            && uart.init(CONFIG).is_ok()
+    });
     PRESENT.store(present, Ordering::Relaxed);
     present
 }
@@ -76,55 +73,60 @@ pub fn present() -> bool {
     PRESENT.load(Ordering::Relaxed)
 }
 
-/// Looks for a UART by its modem loopback: with MCR.LOOP set, RTS and OUT2
-/// come back as CTS and DCD. Nothing is sent.
-fn probe() -> bool {
-    if read(Register::LineStatus) == 0xff {
-        return false;
-    }
-    let before = read(Register::ModemControl);
-    write(Register::ModemControl, 0x1a);
-    let status = read(Register::ModemStatus) & 0xf0;
-    write(Register::ModemControl, before);
-    status == 0x90
+/// Lets the UART interrupt when a byte has come in.
+pub(super) fn enable_receive_interrupt() {
+    with(|uart| uart.enable_interrupts(IER::DATA_READY));
 }
 
-/// Chooses which interrupts the UART raises.
-pub(super) fn set_interrupts(enable: u8) {
-    write(Register::InterruptEnable, enable);
+/// Lets the UART interrupt when the transmitter has run empty, or no longer.
+pub(super) fn set_transmit_interrupt(on: bool) {
+    with(|uart| {
+        if on {
+            uart.enable_interrupts(IER::THR_EMPTY);
+        } else {
+            uart.disable_interrupts(IER::THR_EMPTY);
+        }
+    });
 }
 
 /// Reads the cause register, which acknowledges a transmit interrupt.
 pub(super) fn acknowledge() {
-    read(Register::InterruptIdentification);
-}
-
-/// Whether the FIFO takes [`FIFO`] bytes.
-pub(super) fn transmitter_empty() -> bool {
-    read(Register::LineStatus) & LSR_TRANSMIT_EMPTY != 0
+    with(Uart::isr);
 }
 
 /// A received byte, when there is one.
 pub(super) fn receive() -> Option<u8> {
-    (read(Register::LineStatus) & LSR_DATA_READY != 0).then(|| read(Register::Data))
+    with(|uart| uart.try_receive_byte().ok())
 }
 
-/// Puts a byte into the transmitter, which the caller knows to have room.
-pub(super) fn send_now(byte: u8) {
-    write(Register::Data, byte);
+/// Fills the transmitter with what `next` gives, if it is empty.
+pub(super) fn refill(mut next: impl FnMut() -> Option<u8>) {
+    with(|uart| {
+        if uart.ready_to_send().is_err() {
+            return;
+        }
+        let room = if uart.fifo_enabled() { FIFO_SIZE } else { 1 };
+        let bytes: ArrayVec<u8, FIFO_SIZE> = core::iter::from_fn(&mut next).take(room).collect();
+        uart.send_bytes(&bytes);
+    });
 }
 
 /// Sends, waiting for the transmitter each time it is full; gives up on a
-/// transmitter that does not move. Takes no lock.
-pub fn write_polled(bytes: &[u8]) {
+/// transmitter that does not move.
+pub fn write_polled(mut bytes: &[u8]) {
     if !present() {
         return;
     }
-    for chunk in bytes.chunks(FIFO) {
-        if !(0..PATIENCE).any(|_| transmitter_empty()) {
+    while !bytes.is_empty() {
+        let sent = with(|uart| {
+            (0..PATIENCE)
+                .map(|_| uart.send_bytes(bytes))
+                .find(|&sent| sent > 0)
+        });
+        let Some(rest) = sent.and_then(|sent| bytes.get(sent..)) else {
             return;
-        }
-        chunk.iter().copied().for_each(send_now);
+        };
+        bytes = rest;
     }
 }
 
