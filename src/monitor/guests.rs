@@ -1,6 +1,7 @@
 //! The guests of the configuration, run one after the other on the boot
 //! processor.
 
+use super::statistics::Exits;
 use crate::devices::Clock;
 use crate::devices::chipset::ChipsetConfig;
 use crate::host::memory;
@@ -12,6 +13,7 @@ use crate::vm::boot::{self, BootError};
 use crate::vm::machine::{Host, Vm};
 use crate::vm::memory::{GuestMemory, OutOfSlot};
 use crate::vm::memory_map::MemoryMap;
+use crate::vm::slots::SlotKind;
 use crate::vmx::ept::EptError;
 use crate::vmx::memory_type::Mtrrs;
 use crate::vmx::operation::Vmx;
@@ -99,8 +101,12 @@ fn run(
     let map = MemoryMap::new(block.0.start, config.memory);
     let guest_memory = GuestMemory::new(map.slots(), DIRECT_MAP);
     for slot in guest_memory.slots().iter() {
+        let contents = match slot.kind {
+            SlotKind::Ram => 0,
+            SlotKind::Rom => 0xff,
+        };
         guest_memory
-            .fill(slot.start, slot.len, 0)
+            .fill(slot.start, slot.len, contents)
             .map_err(StartError::Tables)?;
     }
     let rsdp = acpi::write(&guest_memory, config.vcpus).map_err(StartError::Tables)?;
@@ -139,6 +145,7 @@ fn run(
             super::log::quiet(true);
             let end = vcpu.run(&mut stack, &entry);
             super::log::quiet(false);
+            info!("vm {}: {}", config.name, Exits(vcpu.counts()));
             end
         })
         .map_err(StartError::Setup);

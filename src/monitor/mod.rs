@@ -2,3 +2,4 @@
 
 pub mod guests;
 pub mod log;
+pub mod statistics;

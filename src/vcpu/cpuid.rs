@@ -39,6 +39,9 @@ pub struct Options {
     pub invpcid: bool,
     /// XSAVES and XRSTORS do not fault in guest mode ("enable XSAVES/XRSTORS").
     pub xsaves: bool,
+    /// The host's IA32_MISC_ENABLE has fast strings on. Where they are off, REP
+    /// MOVSB moves bytes one by one, and what promises otherwise is hidden.
+    pub fast_strings: bool,
 }
 
 const fn bits(list: &[u32]) -> u32 {
@@ -76,17 +79,19 @@ const LEAF1_EDX_HTT: u32 = 1 << 28;
 /// Leaf 6 EAX: ARAT. The emulated timers do not stop in any idle state.
 const LEAF6_EAX_SET: u32 = 1 << 2;
 
-/// Leaf 7 EBX: FSGSBASE, BMI1, AVX2, FDP-exception-only, SMEP, BMI2, ERMS,
+/// Leaf 7 EBX: FSGSBASE, BMI1, AVX2, FDP-exception-only, SMEP, BMI2,
 /// FCS/FDS deprecation, AVX-512 F and DQ, RDSEED, ADX, SMAP, AVX-512 IFMA,
 /// CLFLUSHOPT, CLWB, AVX-512 CD, SHA, AVX-512 BW and VL.
 /// Hidden: SGX, HLE and RTM (an abort at every exit, and side channels), PQM and
 /// PQE (machine-wide resources), MPX (removed from kernels), processor trace.
 const LEAF7_EBX: u32 = bits(&[
-    0, 3, 5, 6, 7, 8, 9, 13, 16, 17, 18, 19, 20, 21, 23, 24, 28, 29, 30, 31,
+    0, 3, 5, 6, 7, 8, 13, 16, 17, 18, 19, 20, 21, 23, 24, 28, 29, 30, 31,
 ]);
 /// Leaf 7 EBX, emulated: TSC_ADJUST.
 const LEAF7_EBX_SET: u32 = 1 << 1;
 const LEAF7_EBX_INVPCID: u32 = 1 << 10;
+/// ERMS.
+const LEAF7_EBX_FAST_STRINGS: u32 = 1 << 9;
 const LEAF7_EBX_AVX2: u32 = 1 << 5;
 const LEAF7_EBX_AVX512: u32 = bits(&[16, 17, 21, 28, 30, 31]);
 
@@ -99,16 +104,18 @@ const LEAF7_ECX_RDPID: u32 = 1 << 22;
 const LEAF7_ECX_AVX: u32 = bits(&[9, 10]);
 const LEAF7_ECX_AVX512: u32 = bits(&[1, 6, 11, 12, 14]);
 
-/// Leaf 7 EDX: FSRM (IA32_MISC_ENABLE shows fast strings enabled), VP2INTERSECT,
-/// MD_CLEAR, SERIALIZE, AVX-512 FP16, IBRS and IBPB, STIBP, L1D_FLUSH, SSBD.
+/// Leaf 7 EDX: VP2INTERSECT, MD_CLEAR, SERIALIZE, AVX-512 FP16, IBRS and IBPB, STIBP, L1D_FLUSH, SSBD.
 /// Hidden: user interrupts, SRBDS control, TSX bits, hybrid, PCONFIG,
 /// architectural LBR, CET, AMX, ARCH_CAPABILITIES and CORE_CAPABILITIES.
-const LEAF7_EDX: u32 = bits(&[4, 8, 10, 14, 23, 26, 27, 28, 31]);
+const LEAF7_EDX: u32 = bits(&[8, 10, 14, 23, 26, 27, 28, 31]);
+/// FSRM.
+const LEAF7_EDX_FAST_STRINGS: u32 = 1 << 4;
 const LEAF7_EDX_AVX512: u32 = bits(&[8, 23]);
 
-/// Leaf 7.1 EAX: SHA512, SM3, SM4, AVX-VNNI, AVX512-BF16, CMPCCXADD, fast zero-length
-/// MOVSB, fast short STOSB, fast short CMPSB and SCASB, AVX-IFMA.
-const LEAF7_1_EAX: u32 = bits(&[0, 1, 2, 4, 5, 7, 10, 11, 12, 23]);
+/// Leaf 7.1 EAX: SHA512, SM3, SM4, AVX-VNNI, AVX512-BF16, CMPCCXADD, AVX-IFMA.
+const LEAF7_1_EAX: u32 = bits(&[0, 1, 2, 4, 5, 7, 23]);
+/// Fast zero-length MOVSB, fast short STOSB, fast short CMPSB and SCASB.
+const LEAF7_1_EAX_FAST_STRINGS: u32 = bits(&[10, 11, 12]);
 const LEAF7_1_EAX_AVX: u32 = bits(&[0, 1, 2, 4, 23]);
 const LEAF7_1_EAX_AVX512: u32 = 1 << 5;
 /// Leaf 7.1 EDX: AVX-VNNI-INT8, AVX-NE-CONVERT, AVX-VNNI-INT16, PREFETCHIT.
@@ -328,7 +335,7 @@ impl CpuidTable {
         let last = leaf7[EAX].min(1);
         let rows = [
             self.leaf7(leaf7, last, options),
-            self.leaf7_1(leaf7_1, last),
+            self.leaf7_1(leaf7_1, last, options),
         ];
         self.add_subleaves(7, rows.into_iter().take(last as usize + 1));
         self.add_topology(options, apic_id);
@@ -373,6 +380,10 @@ impl CpuidTable {
         if options.rdtscp {
             row[ECX] |= host[ECX] & LEAF7_ECX_RDPID;
         }
+        if options.fast_strings {
+            row[EBX] |= host[EBX] & LEAF7_EBX_FAST_STRINGS;
+            row[EDX] |= host[EDX] & LEAF7_EDX_FAST_STRINGS;
+        }
         if !self.xsave.avx() {
             row[EBX] &= !LEAF7_EBX_AVX2;
             row[ECX] &= !LEAF7_ECX_AVX;
@@ -385,11 +396,14 @@ impl CpuidTable {
         row
     }
 
-    fn leaf7_1(&self, host: Registers, last: u32) -> Registers {
+    fn leaf7_1(&self, host: Registers, last: u32, options: &Options) -> Registers {
         if last == 0 {
             return [0; 4];
         }
         let mut row = [host[EAX] & LEAF7_1_EAX, 0, 0, host[EDX] & LEAF7_1_EDX];
+        if options.fast_strings {
+            row[EAX] |= host[EAX] & LEAF7_1_EAX_FAST_STRINGS;
+        }
         if !self.xsave.avx() {
             row[EAX] &= !LEAF7_1_EAX_AVX;
             row[EDX] &= !LEAF7_1_EDX_AVX;

@@ -109,6 +109,18 @@ impl Vcpu {
         }
     }
 
+    /// Shows what a guest that has ended has sent. Waits for the serial port.
+    pub(super) fn flush_console(&mut self) {
+        loop {
+            console::flush();
+            let space = console::write_space();
+            self.pump_console();
+            if console::write_space() == space {
+                return;
+            }
+        }
+    }
+
     /// Moves bytes between the guest's COM1 and the host's console, as many as
     /// both sides take.
     pub(super) fn pump_console(&mut self) {

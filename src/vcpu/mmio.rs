@@ -37,7 +37,7 @@ impl Vcpu {
         registers: &mut GeneralRegisters,
     ) -> Result<(), Exception> {
         self.keep_interrupted_event();
-        match self.vm.map_page(violation.gpa) {
+        match self.vm.map_page(violation.gpa, violation.write) {
             Ok(()) => Ok(()),
             Err(Unmapped::NoSlot) => self.device_access(violation, registers),
             Err(Unmapped::Ept(error)) => {

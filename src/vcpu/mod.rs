@@ -18,10 +18,11 @@ pub mod msr;
 pub mod pvclock;
 pub mod run;
 pub mod state;
+pub mod tsc;
 pub mod walk;
 
+use crate::devices::Clock;
 use crate::devices::local_apic::LocalApic;
-use crate::devices::{Clock, Ticks};
 use crate::vm::machine::Vm;
 use crate::vmx::operation::Vmx;
 use crate::vmx::vmcs::Vmcs;
@@ -48,8 +49,7 @@ pub struct Vcpu {
     apic: LocalApic,
     pending: Pending,
     clock: Clock,
-    /// Guest time-stamp counter minus the host's.
-    tsc_offset: u64,
+    /// IA32_TSC_ADJUST, see [`tsc`].
     tsc_adjust: u64,
     /// The primary controls as they are in the VMCS.
     primary: u32,
@@ -63,7 +63,7 @@ pub struct Vcpu {
     console_input: Option<u8>,
     /// Set when the guest is to be left; the run loop looks why.
     leave: Option<Leave>,
-    counts: Box<[u64; crate::vmx::exit::REASONS]>,
+    counts: Box<[u64; crate::vmx::exit_reason::REASONS]>,
 }
 
 /// Why the run loop has to do something.
@@ -74,12 +74,6 @@ enum Leave {
 }
 
 impl Vcpu {
-    /// The guest's time-stamp counter now.
-    #[inline]
-    fn now(&self) -> Ticks {
-        Ticks(crate::arch::cpu::rdtsc().wrapping_add(self.tsc_offset))
-    }
-
     /// Ends the guest at the next look.
     fn end(&mut self, end: End) {
         self.leave = Some(Leave::End(end));

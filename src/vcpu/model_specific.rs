@@ -3,11 +3,10 @@
 use super::Vcpu;
 use super::events::Exception;
 use super::msr::{GeneralProtection, Held, MsrRead, MsrWrite};
-use super::pvclock::{self, Scale, SystemTime, TimeInfo};
+use super::pvclock::{self, SystemTime};
 use crate::arch::registers::GeneralRegisters;
-use crate::devices::clock::NANOS;
 use crate::devices::local_apic::{Fault, Mode};
-use crate::vmx::vmcs::{control, guest};
+use crate::vmx::vmcs::guest;
 
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
@@ -54,9 +53,9 @@ impl Vcpu {
             Held::Efer => self.vmcs.read(guest::EFER),
             Held::Pat => self.vmcs.read(guest::PAT),
             Held::ApicBase => self.apic.base_msr(),
-            Held::Tsc => now.0,
+            Held::Tsc => self.tsc(now),
             Held::TscAdjust => self.tsc_adjust,
-            Held::TscDeadline => self.apic.tsc_deadline(now),
+            Held::TscDeadline => self.tsc_deadline(now),
             Held::DebugCtl => self.vmcs.read(guest::DEBUGCTL),
             Held::X2Apic(register) => self.apic.msr_read(now, X2APIC + u32::from(register))?,
             Held::KvmWallClock => self.wall_clock,
@@ -74,18 +73,9 @@ impl Vcpu {
                 self.cpuid
                     .set_apic_enabled(self.apic.mode() != Mode::Disabled);
             }
-            // A write moves TSC_ADJUST by as much, and the other way round (SDM 3, 18.17.3).
-            Held::Tsc => {
-                let change = value.wrapping_sub(now.0);
-                self.tsc_adjust = self.tsc_adjust.wrapping_add(change);
-                self.shift_tsc(change);
-            }
-            Held::TscAdjust => {
-                let change = value.wrapping_sub(self.tsc_adjust);
-                self.tsc_adjust = value;
-                self.shift_tsc(change);
-            }
-            Held::TscDeadline => self.apic.set_tsc_deadline(now, value),
+            Held::Tsc => self.shift_tsc(now, value.wrapping_sub(self.tsc(now))),
+            Held::TscAdjust => self.shift_tsc(now, value.wrapping_sub(self.tsc_adjust)),
+            Held::TscDeadline => self.set_tsc_deadline(now, value),
             Held::DebugCtl => self.vmcs.write(guest::DEBUGCTL, value),
             Held::X2Apic(register) => {
                 let action = self
@@ -105,7 +95,7 @@ impl Vcpu {
                 let system_time = SystemTime::from_msr(value)?;
                 self.system_time = value;
                 if let SystemTime::At(_) = system_time {
-                    self.write_system_time();
+                    self.write_system_time(now);
                 }
             }
         }
@@ -120,33 +110,5 @@ impl Vcpu {
         self.vmcs
             .write(guest::EFER, value & !EFER_LMA | old & EFER_LMA);
         Ok(())
-    }
-
-    fn shift_tsc(&mut self, change: u64) {
-        self.tsc_offset = self.tsc_offset.wrapping_add(change);
-        self.vmcs.write(control::TSC_OFFSET, self.tsc_offset);
-        self.write_system_time();
-    }
-
-    /// Fills the guest's paravirtual clock, if it asked for one.
-    fn write_system_time(&mut self) {
-        let Ok(SystemTime::At(address)) = SystemTime::from_msr(self.system_time) else {
-            return;
-        };
-        let now = self.now();
-        // Host time since the start, whatever the guest did to its counter.
-        let elapsed = now
-            .0
-            .wrapping_sub(self.tsc_offset)
-            .wrapping_sub(self.vm.started.0);
-        self.system_time_version = pvclock::next_version(self.system_time_version);
-        let info = TimeInfo {
-            version: self.system_time_version,
-            tsc_timestamp: now.0,
-            system_time: self.clock.cycles(elapsed, NANOS),
-            scale: Scale::new(self.clock.hz()),
-        };
-        // An address without memory is the guest's mistake and gets nothing.
-        let _ = self.vm.memory.write(address, &info.to_bytes());
     }
 }

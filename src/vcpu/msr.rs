@@ -117,6 +117,8 @@ pub struct Options {
     pub bios_sign_id: u64,
     /// The guest's time-stamp counter, in kHz.
     pub tsc_khz: u32,
+    /// See [`cpuid::Options::fast_strings`].
+    pub fast_strings: bool,
 }
 
 /// How often the guest touched an MSR that it does not have.
@@ -128,11 +130,11 @@ pub struct Unknown {
     pub last: u32,
 }
 
-/// IA32_MISC_ENABLE: fast strings (bit 0, which CPUID's ERMS and FSRM rely
-/// on), branch-trace and precise-event storage unavailable (bits 11 and 12).
-const MISC_ENABLE_RESET: u64 = 1 | 1 << 11 | 1 << 12;
-/// The guest may switch fast strings off; the rest names features it is not shown.
-const MISC_ENABLE_WRITABLE: u64 = 1;
+/// IA32_MISC_ENABLE: branch-trace and precise-event storage unavailable (bits 11 and 12).
+const MISC_ENABLE_RESET: u64 = 1 << 11 | 1 << 12;
+/// IA32_MISC_ENABLE: fast strings, on which CPUID's ERMS and FSRM rely. The
+/// guest may switch them; the rest names features that it is not shown.
+pub const MISC_ENABLE_FAST_STRINGS: u64 = 1;
 /// IA32_FEATURE_CONTROL: locked, with VMX off in and outside SMX.
 const FEATURE_CONTROL_LOCKED: u64 = 1;
 /// IA32_DEBUGCTL: single-step on branches. LBR (bit 0) has no records to show and is dropped.
@@ -201,7 +203,7 @@ impl Msrs {
             efer_allowed: cpuid::efer_allowed(table),
             physical_mask,
             xsaves: table.has_xsaves(),
-            misc_enable: MISC_ENABLE_RESET,
+            misc_enable: MISC_ENABLE_RESET | u64::from(options.fast_strings),
             mtrrs: Mtrrs::default(),
             unknown: Unknown::default(),
         }
@@ -261,7 +263,7 @@ impl Msrs {
             // Linux writes 0 before CPUID, which loads the revision: here it is always loaded.
             BIOS_SIGN_ID => true,
             MISC_ENABLE => {
-                let accepted = (value ^ self.misc_enable) & !MISC_ENABLE_WRITABLE == 0;
+                let accepted = (value ^ self.misc_enable) & !MISC_ENABLE_FAST_STRINGS == 0;
                 if accepted {
                     self.misc_enable = value;
                 }

@@ -90,8 +90,14 @@ impl fmt::Display for End {
 }
 
 impl Vcpu {
-    /// Runs the guest to its end.
+    /// Runs the guest to its end, and shows what its console still holds.
     pub fn run(&mut self, entry: &mut Entry, start: &EntryState) -> End {
+        let end = self.run_to_end(entry, start);
+        self.flush_console();
+        end
+    }
+
+    fn run_to_end(&mut self, entry: &mut Entry, start: &EntryState) -> End {
         *entry.registers() = super::state::entry_registers(start);
         // The guest's XCR0 lives in the register; so does its reset value.
         if self.cpuid.xcr0_supported() != 0 {

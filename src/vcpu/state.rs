@@ -5,8 +5,10 @@ use super::Vcpu;
 use super::control_registers;
 use super::cpuid::{self, CpuidTable};
 use super::events::Pending;
-use super::msr::{self, Msrs};
+use super::msr::number::{BIOS_SIGN_ID, MISC_ENABLE};
+use super::msr::{self, MISC_ENABLE_FAST_STRINGS, Msrs};
 use crate::addr::Hva;
+use crate::arch::msr::try_read;
 use crate::arch::registers::GeneralRegisters;
 use crate::devices::local_apic::{APIC_TIMER_HZ, LocalApic};
 use crate::devices::pc;
@@ -91,6 +93,8 @@ impl Vcpu {
     ) -> Result<(Self, Entry), SetupError> {
         let controls = vmx.controls;
         let tsc_khz = u32::try_from(vm.clock.hz() / 1000).unwrap_or(u32::MAX);
+        let fast_strings =
+            try_read(MISC_ENABLE).is_none_or(|value| value & MISC_ENABLE_FAST_STRINGS != 0);
         let options = cpuid::Options {
             vcpus: vm.vcpus,
             tsc_khz,
@@ -98,14 +102,16 @@ impl Vcpu {
             rdtscp: controls.has(SecondaryControls::ENABLE_RDTSCP),
             invpcid: controls.has(SecondaryControls::ENABLE_INVPCID),
             xsaves: controls.has(SecondaryControls::ENABLE_XSAVES_XRSTORS),
+            fast_strings,
         };
         let mut table = CpuidTable::new(host_cpuid, &options, id);
         table.set_apic_enabled(true);
         let mut msrs = Msrs::new(
             &table,
             msr::Options {
-                bios_sign_id: 0,
+                bios_sign_id: try_read(BIOS_SIGN_ID).unwrap_or(0),
                 tsc_khz,
+                fast_strings,
             },
         );
         msrs.set_firmware_mtrrs(MMIO);
@@ -141,7 +147,6 @@ impl Vcpu {
             msrs,
             clock: vm.clock,
             pending: Pending::default(),
-            tsc_offset: 0,
             tsc_adjust: 0,
             primary: controls.primary,
             system_time: 0,
@@ -149,7 +154,7 @@ impl Vcpu {
             system_time_version: 0,
             console_input: None,
             leave: None,
-            counts: Box::new([0; crate::vmx::exit::REASONS]),
+            counts: Box::new([0; crate::vmx::exit_reason::REASONS]),
             vm,
             vmx,
             vmcs,
@@ -163,6 +168,7 @@ impl Vcpu {
 
     fn write_controls(&mut self) -> Result<(), SetupError> {
         let controls = self.vmx.controls;
+        let tsc_offset = self.tsc_offset();
         let eptp = self.vm.ept_pointer().map_err(SetupError::Ept)?;
         let physical = |address: *const u8| paging::to_phys(Hva(address as u64));
         let msr = physical((&raw const self.bitmaps.msr).cast()).ok_or(SetupError::OutOfMemory)?;
@@ -186,7 +192,7 @@ impl Vcpu {
         vmcs.write(control::IO_BITMAP_A, a.0);
         vmcs.write(control::IO_BITMAP_B, b.0);
         vmcs.write(control::MSR_BITMAP, msr.0);
-        vmcs.write(control::TSC_OFFSET, self.tsc_offset);
+        vmcs.write(control::TSC_OFFSET, tsc_offset);
         vmcs.write(control::EPT_POINTER, eptp.bits());
         if controls.has(SecondaryControls::ENABLE_VPID) {
             vmcs.write(control::VPID, self.vpid.bits());

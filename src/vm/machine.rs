@@ -19,9 +19,10 @@ pub struct Vm {
     pub chipset: Mutex<Chipset>,
     /// Ticks a second of the guest's time-stamp counter.
     pub clock: Clock,
-    /// Nanoseconds since 1970 when the guest's time-stamp counter was `started`.
+    /// Nanoseconds since 1970 when the VM was switched on.
     pub wall_clock: u64,
-    pub started: Ticks,
+    /// The host's time-stamp counter when the VM was switched on: its tick 0.
+    pub started: u64,
     ept: Mutex<Ept<HostFrames>>,
     mtrrs: Mtrrs,
 }
@@ -38,7 +39,7 @@ pub struct Host<'a> {
 /// Why a page could not be mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unmapped {
-    /// No slot has this address: a device, or nothing.
+    /// No slot has this address, or it is ROM and written: a device, or nothing.
     NoSlot,
     Ept(EptError),
 }
@@ -56,17 +57,16 @@ impl Vm {
         clock: Clock,
         host: Host<'_>,
     ) -> Result<Self, EptError> {
-        let now = Ticks(crate::arch::cpu::rdtsc());
         Ok(Self {
             name,
             vcpus,
             memory: guest_memory,
-            chipset: Mutex::new(Chipset::new(clock, now, config)),
+            chipset: Mutex::new(Chipset::new(clock, Ticks(0), config)),
             clock,
             wall_clock: config
                 .wall_clock
                 .saturating_mul(crate::devices::clock::NANOS),
-            started: now,
+            started: crate::arch::cpu::rdtsc(),
             ept: Mutex::new(Ept::new(
                 HostFrames,
                 host.capabilities.ept_vpid,
@@ -85,11 +85,14 @@ impl Vm {
     }
 
     /// Maps the page of `gpa`, as large as its slot, the alignment and the
-    /// host's memory types allow.
+    /// host's memory types allow, for a read or a `write`.
     ///
     /// # Errors
-    /// When there is no slot, or no frame for a table.
-    pub fn map_page(&self, gpa: Gpa) -> Result<(), Unmapped> {
+    /// When there is no slot that allows the access, or no frame for a table.
+    pub fn map_page(&self, gpa: Gpa, write: bool) -> Result<(), Unmapped> {
+        if write && !self.memory.is_writable(gpa) {
+            return Err(Unmapped::NoSlot);
+        }
         let mut ept = self.ept.lock();
         for size in PageSize::LARGEST_FIRST {
             let Some(mapping) = self.memory.slots().mapping(gpa, size.bytes()) else {

@@ -6,6 +6,10 @@ use alloc::vec::Vec;
 
 /// End of conventional memory.
 pub const LOW_RAM_END: u64 = 0xa_0000;
+/// Start of the area where firmware puts the ROMs of adapters. It reads as all
+/// ones, as without any; Linux looks for tables in it byte by byte, so it is
+/// memory: a device would cost an exit for each.
+pub const ADAPTER_ROMS: u64 = 0xc_0000;
 /// Start of the area that holds the tables which a guest finds by looking.
 pub const TABLES_START: u64 = 0xe_0000;
 /// Start of extended memory.
@@ -70,6 +74,10 @@ impl MemoryMap {
         let low = self.ram_below_4g();
         let slots = alloc::vec![
             self.slot(0, LOW_RAM_END.min(low), 0),
+            Slot {
+                kind: SlotKind::Rom,
+                ..self.slot(ADAPTER_ROMS, TABLES_START.min(low), ADAPTER_ROMS)
+            },
             self.slot(TABLES_START, low, TABLES_START),
             self.slot(FOUR_GIB, FOUR_GIB + self.ram_above_4g(), low),
         ];

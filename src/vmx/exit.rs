@@ -243,9 +243,6 @@ impl Exit {
     }
 }
 
-/// How many basic exit reasons are counted one by one.
-pub const REASONS: usize = 80;
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -15,6 +15,7 @@ pub mod ept;
 pub mod ept_frames;
 pub mod error;
 pub mod exit;
+pub mod exit_reason;
 pub mod host_state;
 pub mod memory_type;
 pub mod operation;

@@ -101,6 +101,7 @@ const OPTIONS: Options = Options {
     rdtscp: true,
     invpcid: true,
     xsaves: true,
+    fast_strings: true,
 };
 
 fn bochs() -> CpuidTable {
@@ -189,9 +190,14 @@ fn features_without_support_are_hidden() {
         rdtscp: false,
         invpcid: false,
         xsaves: false,
+        fast_strings: false,
         ..OPTIONS
     };
+    assert_ne!(server(OPTIONS, 0).lookup(7, 0)[EDX] & 1 << 4, 0, "FSRM");
     let table = server(none, 0);
+    assert_eq!(table.lookup(7, 0)[EBX] & 1 << 9, 0, "ERMS");
+    assert_eq!(table.lookup(7, 0)[EDX] & 1 << 4, 0, "FSRM");
+    assert_eq!(table.lookup(7, 1)[EAX] & 7 << 10, 0, "FZRM, FSRS, FSRC");
     assert!(!table.has_rdtscp() && !table.has_xsaves());
     assert_eq!(table.lookup(7, 0)[EBX] & 1 << 10, 0, "INVPCID");
     assert_eq!(table.lookup(7, 0)[ECX] & 1 << 22, 0, "RDPID");
@@ -206,9 +212,12 @@ fn a_host_that_claims_everything_gets_only_the_lists() {
     assert_eq!(edx & !(LEAF1_EDX | LEAF1_EDX_APIC), 0);
     assert_eq!(ecx & (1 << 5 | 1 << 6 | 1 << 27), 0, "VMX, SMX, OSXSAVE");
     let [_, ebx, ecx, edx] = table.lookup(7, 0);
-    assert_eq!(ebx & !(LEAF7_EBX | LEAF7_EBX_SET | LEAF7_EBX_INVPCID), 0);
+    assert_eq!(
+        ebx & !(LEAF7_EBX | LEAF7_EBX_SET | LEAF7_EBX_INVPCID | LEAF7_EBX_FAST_STRINGS),
+        0
+    );
     assert_eq!(ecx & !(LEAF7_ECX | LEAF7_ECX_RDPID), 0);
-    assert_eq!(edx & !LEAF7_EDX, 0);
+    assert_eq!(edx & !(LEAF7_EDX | LEAF7_EDX_FAST_STRINGS), 0);
     assert_eq!(
         table.xcr0_supported(),
         3,

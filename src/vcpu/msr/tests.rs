@@ -18,12 +18,14 @@ const CPUID: CpuidOptions = CpuidOptions {
     rdtscp: true,
     invpcid: true,
     xsaves: true,
+    fast_strings: true,
 };
 
 fn msrs() -> Msrs {
     let options = Options {
         bios_sign_id: 0x1234 << 32,
         tsc_khz: 2_400_000,
+        fast_strings: true,
     };
     Msrs::new(&CpuidTable::new(host, &CPUID, 0), options)
 }
@@ -60,6 +62,7 @@ fn direct_msrs_follow_the_cpu() {
         Options {
             bios_sign_id: 0,
             tsc_khz: 1,
+            fast_strings: false,
         },
     );
     assert!(
@@ -128,7 +131,7 @@ fn unknown_msrs_fault_and_are_counted() {
 }
 
 #[test]
-fn misc_enable_has_fast_strings() {
+fn misc_enable_has_fast_strings_as_the_host_has() {
     let mut msrs = msrs();
     let initial = value(&mut msrs, MISC_ENABLE);
     assert_eq!(initial, 0x1801);
@@ -142,6 +145,12 @@ fn misc_enable_has_fast_strings() {
         );
     }
     assert_eq!(value(&mut msrs, MISC_ENABLE), 0x1800);
+    let options = Options {
+        fast_strings: false,
+        ..msrs.options
+    };
+    let mut without = Msrs::new(&CpuidTable::new(host, &CPUID, 0), options);
+    assert_eq!(value(&mut without, MISC_ENABLE), 0x1800);
 }
 
 #[test]
