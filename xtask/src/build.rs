@@ -119,6 +119,20 @@ pub fn guest(name: &str) -> Result<PathBuf> {
     )
 }
 
+/// Builds the first process of guests with a job, a static Linux program.
+///
+/// # Errors
+/// When it does not compile.
+pub fn stopwatch() -> Result<PathBuf> {
+    let flags = [
+        "-Crelocation-model=static",
+        "-Clink-arg=-static",
+        "-Clink-arg=-no-pie",
+        "-Cstrip=symbols",
+    ];
+    cargo("vireo-stopwatch", "stopwatch", &[], &flags, &[])
+}
+
 fn output_folder() -> PathBuf {
     paths::target().join("bare")
 }

@@ -8,6 +8,7 @@
 //!
 //! | word | meaning |
 //! | --- | --- |
+//! | `init:N` | the guest's time-stamp counter when its first process began |
 //! | `begin` | what follows is output, to be passed on byte by byte |
 //! | `more` | the guest wants one line of input: base64 of up to [`BLOCK`] bytes, or `.` at the end |
 //! | `end:N` | the shell has ended with status N |
@@ -23,6 +24,8 @@ pub const BLOCK: usize = 768;
 /// What the stream was found to say.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
+    /// The guest's time-stamp counter when its first process began.
+    Init(u64),
     /// The guest's shell is about to run.
     Begin,
     /// Output, to be passed on as it is.
@@ -100,7 +103,11 @@ fn parse(word: &[u8]) -> Option<Event> {
     match std::str::from_utf8(word).ok()? {
         "begin" => Some(Event::Begin),
         "more" => Some(Event::More),
-        word => word.strip_prefix("end:")?.parse().ok().map(Event::End),
+        word => match word.split_once(':')? {
+            ("init", ticks) => ticks.parse().ok().map(Event::Init),
+            ("end", status) => status.parse().ok().map(Event::End),
+            _ => None,
+        },
     }
 }
 
@@ -138,11 +145,12 @@ fn base64(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
 
-    const STREAM: &[u8] = b"BdsDxe: loading\r\n\x01vireo-old-end:9\x01\x01vireo-77-begin\x01one\n\
+    const STREAM: &[u8] = b"BdsDxe: loading\r\n\x01vireo-old-end:9\x01\x01vireo-77-init:00042\x01\x01vireo-77-begin\x01one\n\
         \x01two\x01vireo-77-more\x01\x01vireo-7\x01vireo-77-end:42\x01vireo: vm a: powered off\r\n";
 
     fn expected() -> Vec<Event> {
         vec![
+            Event::Init(42),
             Event::Begin,
             Event::Output(b"one\n\x01two".to_vec()),
             Event::More,

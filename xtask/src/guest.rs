@@ -33,14 +33,14 @@ setsid cttyhack sh -l
 poweroff -f
 "#;
 
-/// First process of a guest that runs a command or takes piped input; the
-/// other side of `framing.rs`. `@BUSYBOX@`, `@NONCE@` and `@SHELL@` are
+/// What the first process of a guest that runs a command or takes piped input
+/// becomes (see `stopwatch`): the other side of `framing.rs`. `@BUSYBOX@`, `@NONCE@` and `@SHELL@` are
 /// replaced.
 ///
 /// The command writes into a pipe, not to the console, so that it formats as
 /// for a file (`ls` in one column, no colours). The last `stty` returns when
 /// the UART has sent everything.
-const EXEC_INIT: &str = r#"#!@BUSYBOX@ sh
+const JOB: &str = r#"#!@BUSYBOX@ sh
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/vireo/bin HOME=/root
 busybox=@BUSYBOX@
 nonce=@NONCE@
@@ -58,6 +58,7 @@ feed() {
         printf %s "$line" | $busybox base64 -d
     done
 }
+mark "init:$1"
 mark begin
 feed | {
     { @SHELL@ 2>&1 3>&-; echo $? >/vireo/status; } | $busybox cat
@@ -93,6 +94,8 @@ pub struct Exec<'a> {
     pub nonce: &'a str,
     /// The shell script to run; without one, the shell reads the input.
     pub command: Option<&'a str>,
+    /// The first process, which starts the script that does all this.
+    pub stopwatch: &'a [u8],
     /// Busybox and its applets, for an initrd that is not ours.
     pub busybox: Option<(&'a [u8], &'a [String])>,
 }
@@ -112,11 +115,12 @@ pub fn exec_overlay(exec: &Exec) -> Vec<u8> {
     } else {
         format!("{busybox} sh")
     };
-    let init = EXEC_INIT
+    let job = JOB
         .replace("@BUSYBOX@", busybox)
         .replace("@NONCE@", exec.nonce)
         .replace("@SHELL@", &shell);
-    archive.file("vireo/init", 0o755, init.as_bytes());
+    archive.file("vireo/init", 0o755, exec.stopwatch);
+    archive.file("vireo/job", 0o755, job.as_bytes());
     if let Some(command) = exec.command {
         archive.file("vireo/command", 0o644, format!("{command}\n").as_bytes());
     }
@@ -211,6 +215,7 @@ mod tests {
         let exec = Exec {
             nonce: "n0",
             command: Some(command),
+            stopwatch: b"\x7fELF",
             busybox: Some((b"\x7fELF", &["sh".into()])),
         };
         let overlay = exec_overlay(&exec);

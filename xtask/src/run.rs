@@ -54,6 +54,9 @@ pub struct Options {
     /// End a machine that takes longer; without a terminal the limit is 600
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
+    /// Bochs: executed instructions that make an emulated second; figures in time need 400000000
+    #[arg(long, value_name = "NUMBER", default_value_t = MachineConfig::FUNCTIONAL_IPS)]
+    ips: u64,
 }
 
 /// `--platform`
@@ -145,7 +148,10 @@ pub fn run(options: &Options) -> Result<u8> {
     image::write(&disk, &volume.into_files(paths::read(&built.loader)?))?;
     let machine = start(
         platform.as_ref(),
-        &MachineConfig::new(&disk, &folder.path, guests),
+        &MachineConfig {
+            ips: options.ips,
+            ..MachineConfig::new(&disk, &folder.path, guests)
+        },
         &progress,
     )?;
     let streams = if terminal {
@@ -170,7 +176,10 @@ pub fn run(options: &Options) -> Result<u8> {
     }
     .run();
     progress.clear();
-    folder.close(&report);
+    folder.close();
+    if let Some(ticks) = report.init {
+        eprintln!("boot: {ticks} ticks");
+    }
     show_backtrace(&report, &built.kernel);
     Ok(match report.end? {
         End::Status(status) => u8::try_from(status).unwrap_or(1),
@@ -253,14 +262,10 @@ impl RunFolder {
         Ok(Self { path })
     }
 
-    /// After a failure, the logs stay until the next run.
-    fn close(self, report: &Report) {
-        if report.end.is_ok() {
-            let _ = fs::remove_dir_all(&self.path);
-        } else {
-            for image in ["disk.img", rig::DISK] {
-                let _ = fs::remove_file(self.path.join(image));
-            }
+    /// The logs stay until the next run.
+    fn close(self) {
+        for image in ["disk.img", rig::DISK] {
+            let _ = fs::remove_file(self.path.join(image));
         }
     }
 }

@@ -63,17 +63,19 @@ pub struct Report {
     pub end: Result<End>,
     /// The hypervisor's verdicts.
     pub watcher: Watcher,
+    /// The guest's time-stamp counter when its first process began.
+    pub init: Option<u64>,
 }
 
 impl Session<'_> {
     /// Runs the machine to its end, and takes it down in any case.
     pub fn run(self) -> Report {
         let mut watcher = Watcher::default();
-        let end = match Loop::new(self, &mut watcher) {
-            Ok(mut running) => running.run(),
-            Err(error) => Err(error),
+        let (end, init) = match Loop::new(self, &mut watcher) {
+            Ok(mut running) => (running.run(), running.init),
+            Err(error) => (Err(error), None),
         };
-        Report { end, watcher }
+        Report { end, watcher, init }
     }
 }
 
@@ -92,6 +94,7 @@ struct Loop<'a> {
     next_piece: Instant,
     /// The job wants input.
     wanted: bool,
+    init: Option<u64>,
     status: Option<i32>,
     deadline: Option<Instant>,
 }
@@ -120,6 +123,7 @@ impl<'a> Loop<'a> {
             typed: Vec::new(),
             next_piece: Instant::now(),
             wanted: false,
+            init: None,
             status: None,
             deadline,
             session,
@@ -228,6 +232,7 @@ impl<'a> Loop<'a> {
 
     fn handle(&mut self, event: Event) -> Result<()> {
         match event {
+            Event::Init(ticks) => self.init = Some(ticks),
             Event::Begin => {
                 self.session.progress.clear();
                 self.stage = STAGES.len();

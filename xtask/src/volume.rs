@@ -3,8 +3,8 @@
 
 use crate::guest::{self, Exec};
 use crate::image::{Entry, LOADER};
-use crate::paths;
 use crate::provision::Provisioner;
+use crate::{build, paths};
 use anyhow::{Context, Result, anyhow, ensure};
 use std::path::{Component, Path};
 use toml::{Table, Value};
@@ -212,6 +212,7 @@ fn with_job(
     let mut archive = guest::exec_overlay(&Exec {
         nonce: job.nonce,
         command: job.command,
+        stopwatch: &paths::read(&build::stopwatch()?)?,
         busybox,
     });
     archive.extend(initrd.unwrap_or_default());
