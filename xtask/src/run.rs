@@ -5,7 +5,7 @@ use crate::progress::Progress;
 use crate::provision::Provisioner;
 use crate::session::{End, Report, Session, Streams, input_is_terminal};
 use crate::verdict::Verdict;
-use crate::volume::{Job, Single, Volume};
+use crate::volume::{Job, Single, Volume, parse_memory};
 use crate::{build, image, paths, symbols};
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
@@ -16,6 +16,9 @@ use std::time::Duration;
 
 /// The limit where nobody is there to notice that a machine hangs.
 const UNATTENDED: Duration = Duration::from_secs(600);
+
+/// The disk image in the folder of a run.
+const DISK: &str = "disk.img";
 
 /// Which guests are put on the boot volume.
 #[derive(Args, Debug, Default)]
@@ -45,12 +48,24 @@ pub struct GuestOptions {
 pub struct Options {
     #[command(flatten)]
     guest: GuestOptions,
+    /// Boot this disk image, as `image` makes them, instead of making one
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["config", "kernel", "initrd", "cmdline", "memory", "vcpus", "exec"])]
+    disk: Option<PathBuf>,
     /// Run COMMAND in the guest's shell, print its output, power off, and exit with its status
     #[arg(long, value_name = "COMMAND")]
     exec: Option<String>,
     /// What the machine runs on; auto is QEMU where KVM offers VMX, else Bochs
     #[arg(long, value_enum, default_value_t = PlatformChoice::Auto)]
     platform: PlatformChoice,
+    /// The emulator's CPU model, by the emulator's name for it
+    #[arg(long, value_name = "MODEL")]
+    cpu: Option<String>,
+    /// The whole machine's memory; what is left out is what the guests and Vireo need
+    #[arg(long, value_name = "SIZE", value_parser = memory)]
+    machine_memory: Option<String>,
+    /// Keep what the emulator writes, and the console's log, in this folder
+    #[arg(long, value_name = "FOLDER")]
+    folder: Option<PathBuf>,
     /// End a machine that takes longer; without a terminal the limit is 600
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
@@ -134,28 +149,35 @@ pub fn run(options: &Options) -> Result<u8> {
         nonce: &nonce,
         command: options.exec.as_deref(),
     };
-    let volume = options
-        .guest
-        .volume((!terminal).then_some(&job), terminal, &provisioner)?;
+    let disk = match &options.disk {
+        Some(given) => Disk::Given(given),
+        None => Disk::Volume(options.guest.volume(
+            (!terminal).then_some(&job),
+            terminal,
+            &provisioner,
+        )?),
+    };
     let platform = options.platform.provision(&provisioner)?;
     progress.clear();
     let built = build::all()?;
 
-    let folder = RunFolder::create()?;
-    let disk = folder.path.join("disk.img");
-    let guests = volume.memory;
+    let folder = RunFolder::create(options.folder.as_deref())?;
     progress.stage("disk image");
-    image::write(&disk, &volume.into_files(paths::read(&built.loader)?))?;
-    let machine = start(
-        platform.as_ref(),
-        &MachineConfig {
-            ips: options.ips,
-            ..MachineConfig::new(&disk, &folder.path, guests)
-        },
-        &progress,
-    )?;
+    let guests = disk.memory();
+    let disk = disk.write(&folder.path.join(DISK), &built)?;
+    let mut config = MachineConfig {
+        cpu_model: options.cpu.clone(),
+        ips: options.ips,
+        ..MachineConfig::new(&disk, &folder.path, guests)
+    };
+    if let Some(bytes) = options.machine_memory.as_deref().and_then(parse_memory) {
+        config.memory_mib = bytes.div_ceil(1 << 20);
+    }
+    let machine = start(platform.as_ref(), &config, &progress)?;
     let streams = if terminal {
         Streams::Terminal
+    } else if options.disk.is_some() {
+        Streams::Console
     } else {
         Streams::Job {
             nonce: &nonce,
@@ -186,6 +208,38 @@ pub fn run(options: &Options) -> Result<u8> {
         End::Left => 0,
         End::Signal(number) => u8::try_from(128 + number).unwrap_or(1),
     })
+}
+
+/// What a machine boots.
+enum Disk<'a> {
+    /// An image is made of it.
+    Volume(Volume),
+    /// An image that exists.
+    Given(&'a Path),
+}
+
+impl Disk<'_> {
+    /// Bytes of memory of the guests; assumed where only they know.
+    fn memory(&self) -> u64 {
+        match self {
+            Self::Volume(volume) => volume.memory,
+            Self::Given(_) => 256 << 20,
+        }
+    }
+
+    /// Writes the image to `path`, a copy where it exists: machines write too.
+    fn write(self, path: &Path, built: &build::Built) -> Result<PathBuf> {
+        match self {
+            Self::Volume(volume) => {
+                image::write(path, &volume.into_files(paths::read(&built.loader)?))?;
+            }
+            Self::Given(given) => {
+                fs::copy(given, path)
+                    .with_context(|| format!("cannot read the disk image {}", given.display()))?;
+            }
+        }
+        Ok(path.to_owned())
+    }
 }
 
 /// `cargo xtask image`
@@ -242,36 +296,41 @@ fn nonce() -> Result<String> {
     Ok(format!("{:016x}", u64::from_le_bytes(bytes)))
 }
 
-/// A folder for one run, named by our process id.
+/// A folder for one run.
 struct RunFolder {
     path: PathBuf,
 }
 
 impl RunFolder {
-    /// Creates it, and removes those of processes that are gone and left one.
-    fn create() -> Result<Self> {
-        let all = paths::target().join("run");
-        let path = all.join(std::process::id().to_string());
-        for entry in fs::read_dir(&all).into_iter().flatten().flatten() {
-            let owner = Path::new("/proc").join(entry.file_name());
-            if !owner.exists() || entry.path() == path {
-                let _ = fs::remove_dir_all(entry.path());
+    /// Creates it: `given`, or one named by our process id, after removing
+    /// those of processes that are gone.
+    fn create(given: Option<&Path>) -> Result<Self> {
+        let path = match given {
+            Some(given) => std::path::absolute(given).context("no such folder is possible")?,
+            None => {
+                let all = paths::target().join("run");
+                for entry in fs::read_dir(&all).into_iter().flatten().flatten() {
+                    if !Path::new("/proc").join(entry.file_name()).exists() {
+                        let _ = fs::remove_dir_all(entry.path());
+                    }
+                }
+                all.join(std::process::id().to_string())
             }
-        }
+        };
         fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
         Ok(Self { path })
     }
 
-    /// The logs stay until the next run.
+    /// The logs stay: in a folder of ours until the next run.
     fn close(self) {
-        for image in ["disk.img", rig::DISK] {
+        for image in [DISK, rig::DISK] {
             let _ = fs::remove_file(self.path.join(image));
         }
     }
 }
 
 fn memory(text: &str) -> Result<String, String> {
-    match crate::volume::parse_memory(text) {
+    match parse_memory(text) {
         Some(_) => Ok(text.to_owned()),
         None => Err("expected a size such as 256M or 1G".into()),
     }

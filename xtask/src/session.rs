@@ -27,6 +27,8 @@ const POWER_OFF: Duration = Duration::from_secs(60);
 pub enum Streams<'a> {
     /// The terminal is the guest's console.
     Terminal,
+    /// What the console says is copied to standard output; there is no input.
+    Console,
     /// The guest runs a job with this nonce, see [`crate::framing`]. The input
     /// is passed on only where `input` says so.
     Job { nonce: &'a str, input: bool },
@@ -86,7 +88,9 @@ struct Loop<'a> {
     signals: [(i32, UnixStream); 3],
     framer: Option<Framer>,
     stage: usize,
-    /// The terminal in raw mode, once the hypervisor has spoken.
+    /// The hypervisor has spoken, and not only the firmware.
+    spoken: bool,
+    /// The terminal in raw mode, from then on.
     raw: Option<Raw>,
     keys: Keys,
     /// What was typed and is not sent yet, and when the next piece may go.
@@ -107,7 +111,7 @@ impl<'a> Loop<'a> {
         let log = File::create(&session.log)
             .with_context(|| format!("cannot write {}", session.log.display()))?;
         let framer = match session.streams {
-            Streams::Terminal => None,
+            Streams::Terminal | Streams::Console => None,
             Streams::Job { nonce, .. } => Some(Framer::new(nonce)),
         };
         let deadline = session.timeout.map(|limit| Instant::now() + limit);
@@ -118,6 +122,7 @@ impl<'a> Loop<'a> {
             signals: [signal(SIGINT)?, signal(SIGTERM)?, signal(SIGHUP)?],
             framer,
             stage: 0,
+            spoken: false,
             raw: None,
             keys: Keys::default(),
             typed: Vec::new(),
@@ -147,6 +152,9 @@ impl<'a> Loop<'a> {
                     return self.ended();
                 }
                 self.receive(&buffer[..count])?;
+                if self.watcher.restarted {
+                    return self.restarted();
+                }
             }
             if ready.input && self.take_input()?.is_none() {
                 return Ok(End::Left);
@@ -217,13 +225,15 @@ impl<'a> Loop<'a> {
         }
         for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
             let lines = self.watcher.push(piece);
-            if self.raw.is_some() {
+            if self.spoken {
                 write_out(piece)?;
             } else if let Some(line) = lines.first() {
-                // Before this line there is only the firmware's talk.
+                self.spoken = true;
                 self.session.progress.clear();
-                eprintln!("{}", terminal::HINT);
-                self.raw = Some(Raw::enter()?);
+                if matches!(self.session.streams, Streams::Terminal) {
+                    eprintln!("{}", terminal::HINT);
+                    self.raw = Some(Raw::enter()?);
+                }
                 write_out(format!("{line}\r\n").as_bytes())?;
             }
         }
@@ -324,6 +334,17 @@ impl<'a> Loop<'a> {
             }
             _ => bail!(
                 "the machine has ended without a word: its console is in {}",
+                self.session.log.display()
+            ),
+        }
+    }
+
+    /// The loader has spoken again, and nobody has asked for that.
+    fn restarted(&self) -> Result<End> {
+        match self.watcher.failure() {
+            Some(sentence) => Err(anyhow!(sentence)),
+            None => bail!(
+                "the machine has restarted without a word: its console is in {}",
                 self.session.log.display()
             ),
         }

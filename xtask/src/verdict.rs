@@ -67,6 +67,9 @@ pub struct Watcher {
     pub verdicts: Vec<Verdict>,
     /// The hypervisor's lines after the last panic: registers and backtrace.
     pub aftermath: Vec<String>,
+    /// The first line, and whether it came a second time: the machine has restarted.
+    first: Option<String>,
+    pub restarted: bool,
 }
 
 impl Watcher {
@@ -95,6 +98,8 @@ impl Watcher {
             } else if let Some(Verdict::Panic(_)) = self.verdicts.last() {
                 self.aftermath.push(text.clone());
             }
+            self.restarted |= self.first.as_ref() == Some(&text);
+            self.first.get_or_insert_with(|| text.clone());
             lines.push(text);
         }
         lines
@@ -164,6 +169,15 @@ mod tests {
             watcher.failure(),
             Some("the hypervisor has panicked: here".into())
         );
+    }
+
+    #[test]
+    fn the_first_line_comes_again_when_the_machine_restarts() {
+        let mut watcher = Watcher::default();
+        watcher.push(b"vireo: loader: kernel, 1 KiB\r\nvireo: loader: initrd\r\nvireo: hello\r\n");
+        assert!(!watcher.restarted);
+        watcher.push(b"\x1b[2JBdsDxe: starting\r\n\x1b[0mvireo: loader: kernel, 1 KiB\r\n");
+        assert!(watcher.restarted);
     }
 
     #[test]
