@@ -6,6 +6,7 @@ use crate::devices::Message;
 use crate::devices::local_apic::Event;
 use crate::vmx::exit::InterruptionInfo;
 use crate::vmx::vmcs::{control, guest, information};
+use core::fmt;
 use x86::vmx::vmcs::control::PrimaryControls;
 
 /// A fault that the hypervisor raises in the guest.
@@ -19,6 +20,26 @@ pub enum Exception {
         error_code: u32,
         address: u64,
     },
+}
+
+/// A fault that was raised, and by which instruction: where a guest stops for it,
+/// that is what the operator wants to know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Raised {
+    pub exception: Exception,
+    /// The basic exit reason of the instruction.
+    pub reason: u16,
+    pub rip: u64,
+}
+
+impl fmt::Display for Exception {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::InvalidOpcode => "#UD",
+            Self::GeneralProtection => "#GP",
+            Self::PageFault { .. } => "#PF",
+        })
+    }
 }
 
 /// Events that wait for the next entry.
@@ -37,19 +58,34 @@ const BLOCKED_BY_MOV_SS: u32 = 1 << 1;
 const BLOCKED_BY_NMI: u32 = 1 << 3;
 
 impl Vcpu {
-    /// Raises `exception` instead of completing the instruction.
+    /// Raises `exception` instead of completing the instruction that exited.
     pub(super) fn raise(&mut self, exception: Exception) {
+        self.raised = Some(Raised {
+            exception,
+            reason: self.vmcs.read(information::EXIT_REASON) as u16,
+            rip: self.vmcs.read(guest::RIP),
+        });
         self.pending.exception = Some(exception);
     }
 
-    /// Remembers an event whose delivery this exit interrupted (SDM 3, 25.9.3).
-    pub(super) fn keep_interrupted_event(&mut self) {
+    /// Remembers an event whose delivery this exit interrupted (SDM 3, 25.9.3); false
+    /// where there was none.
+    pub(super) fn keep_interrupted_event(&mut self) -> bool {
         let info = InterruptionInfo(self.vmcs.read(information::IDT_VECTORING_INFO));
         if info.is_valid() {
             let error = self.vmcs.read(information::IDT_VECTORING_ERROR_CODE);
             let length = self.vmcs.read(information::INSTRUCTION_LENGTH);
             self.pending.interrupted = Some((info, error, length));
         }
+        info.is_valid()
+    }
+
+    /// The exit interrupted an IRET that had already ended the blocking of NMIs:
+    /// the IRET is executed again, so they are blocked until then (SDM 3, 28.2.3).
+    pub(super) fn block_nmis_again(&mut self) {
+        let interruptibility = self.vmcs.read(guest::INTERRUPTIBILITY);
+        self.vmcs
+            .write(guest::INTERRUPTIBILITY, interruptibility | BLOCKED_BY_NMI);
     }
 
     /// Whether something would wake the guest from HLT.
@@ -87,20 +123,35 @@ impl Vcpu {
     /// fault, NMI, interrupt. Asks for a window exit when something has to wait.
     pub(super) fn inject(&mut self) {
         if let Some((info, error, length)) = self.pending.interrupted.take() {
-            self.inject_event(info, error);
-            if info.is_software() {
-                self.vmcs.write(control::ENTRY_INSTRUCTION_LENGTH, length);
-            }
-            return;
-        }
-        if let Some(exception) = self.pending.exception.take() {
+            self.inject_again(info, error, length);
+        } else if let Some(exception) = self.pending.exception.take() {
             self.inject_exception(exception);
-            return;
+        } else if self.pending.nmi || self.has_interrupt() {
+            self.inject_waiting();
         }
-        if !self.pending.nmi && !self.has_interrupt() {
-            self.set_window(false, false);
-            return;
+        // Whatever was chosen, what still waits must not wait for an exit that may not come.
+        let nmi = self.pending.nmi && self.vmx.controls.has_virtual_nmis();
+        let interrupt = self.has_interrupt();
+        self.set_window(interrupt, nmi);
+    }
+
+    /// Goes on with a delivery that an exit interrupted.
+    fn inject_again(&mut self, info: InterruptionInfo, error: u32, length: u32) {
+        self.inject_event(info, error);
+        if info.is_software() {
+            self.vmcs.write(control::ENTRY_INSTRUCTION_LENGTH, length);
         }
+        if info.is_nmi() {
+            // An NMI blocks NMIs when it is delivered, and is not injected while they are
+            // blocked (SDM 3, 27.3.1.5).
+            let interruptibility = self.vmcs.read(guest::INTERRUPTIBILITY);
+            self.vmcs
+                .write(guest::INTERRUPTIBILITY, interruptibility & !BLOCKED_BY_NMI);
+        }
+    }
+
+    /// An NMI or an interrupt, if the guest can take it now.
+    fn inject_waiting(&mut self) {
         let interruptibility = self.vmcs.read(guest::INTERRUPTIBILITY);
         let shadow = interruptibility & (BLOCKED_BY_STI | BLOCKED_BY_MOV_SS) != 0;
         if self.pending.nmi && !shadow && interruptibility & BLOCKED_BY_NMI == 0 {
@@ -112,9 +163,6 @@ impl Vcpu {
         {
             self.inject_event(InterruptionInfo::interrupt(vector), 0);
         }
-        let nmi = self.pending.nmi && self.vmx.controls.has_virtual_nmis();
-        let interrupt = self.has_interrupt();
-        self.set_window(interrupt, nmi);
     }
 
     /// The interrupt that the CPU would acknowledge now. The 8259's, through
@@ -189,9 +237,19 @@ impl Vcpu {
             self.vmcs
                 .write(guest::INTERRUPTIBILITY, interruptibility & !shadow);
         }
+        self.trap_single_step();
+    }
+
+    /// The trap after an instruction, or an iteration of one, that the hypervisor has
+    /// completed.
+    pub(super) fn trap_single_step(&mut self) {
         const RFLAGS_TF: u64 = 1 << 8;
-        if self.vmcs.read(guest::RFLAGS) & RFLAGS_TF != 0 {
-            const SINGLE_STEP: u64 = 1 << 14;
+        const SINGLE_STEP: u64 = 1 << 14;
+        const DEBUGCTL_BTF: u64 = 1 << 1;
+        // With BTF only branches trap, and nothing that exits branches (SDM 3, 18.4.3).
+        if self.vmcs.read(guest::RFLAGS) & RFLAGS_TF != 0
+            && self.vmcs.read(guest::DEBUGCTL) & DEBUGCTL_BTF == 0
+        {
             let pending = self.vmcs.read(guest::PENDING_DEBUG);
             self.vmcs.write(guest::PENDING_DEBUG, pending | SINGLE_STEP);
         }

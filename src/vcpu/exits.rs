@@ -3,11 +3,12 @@
 use super::events::Exception;
 use super::run::End;
 use super::{Leave, Vcpu};
+use crate::addr::Gva;
 use crate::arch::registers::GeneralRegisters;
 use crate::host::interrupts;
 use crate::vmx::entry::{Guest, Next};
 use crate::vmx::exit::{Exit, InterruptionInfo};
-use crate::vmx::vmcs::information;
+use crate::vmx::vmcs::{guest, information};
 
 /// What KVM answers to a hypercall that it does not have: -KVM_ENOSYS.
 const NO_SUCH_HYPERCALL: u64 = -1000i64 as u64;
@@ -71,7 +72,13 @@ impl Vcpu {
             Exit::VmxInstruction | Exit::Mwait | Exit::Monitor | Exit::DebugRegister => {
                 return Err(Exception::InvalidOpcode);
             }
-            Exit::TripleFault => self.end(End::TripleFault),
+            Exit::TripleFault => {
+                let rip = self.vmcs.read(guest::RIP);
+                self.end(End::TripleFault {
+                    rip: Gva(rip),
+                    raised: self.raised.filter(|raised| raised.rip == rip),
+                });
+            }
             Exit::TaskSwitch => self.end(End::Unsupported("a hardware task switch")),
             // The host's CPUs get neither while a guest runs on them.
             Exit::Init => self.end(End::Unsupported("an INIT signal")),

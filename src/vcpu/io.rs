@@ -84,6 +84,7 @@ impl Vcpu {
             let left = registers.rcx.wrapping_sub(1) & mask;
             registers.rcx = registers.rcx & !mask | left;
             if left != 0 {
+                self.trap_single_step();
                 return Ok(());
             }
         }

@@ -36,9 +36,16 @@ impl Vcpu {
         violation: EptViolation,
         registers: &mut GeneralRegisters,
     ) -> Result<(), Exception> {
-        self.keep_interrupted_event();
+        let delivering = self.keep_interrupted_event();
+        if violation.unblocked_nmis && !delivering {
+            self.block_nmis_again();
+        }
         match self.vm.map_page(violation.gpa, violation.write) {
             Ok(()) => Ok(()),
+            Err(Unmapped::NoSlot) if delivering => {
+                self.end(End::NoMemoryForDelivery(violation.gpa));
+                Ok(())
+            }
             Err(Unmapped::NoSlot) => self.device_access(violation, registers),
             Err(Unmapped::Ept(error)) => {
                 self.end(End::Ept(error));
@@ -94,7 +101,9 @@ impl Vcpu {
             Ok(outcome) => {
                 self.vmcs.write(guest::RFLAGS, rflags);
                 self.vmcs.write(guest::RSP, registers.rsp);
-                if outcome.advance != 0 {
+                if outcome.advance == 0 {
+                    self.trap_single_step();
+                } else {
                     self.advance_rip(outcome.advance.into());
                 }
                 Ok(())

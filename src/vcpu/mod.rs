@@ -30,7 +30,7 @@ use crate::vmx::vpid::Vpid;
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use cpuid::CpuidTable;
-use events::Pending;
+use events::{Pending, Raised};
 use msr::Msrs;
 
 pub use run::End;
@@ -48,6 +48,8 @@ pub struct Vcpu {
     msrs: Msrs,
     apic: LocalApic,
     pending: Pending,
+    /// The last fault that the hypervisor raised.
+    raised: Option<Raised>,
     clock: Clock,
     /// IA32_TSC_ADJUST, see [`tsc`].
     tsc_adjust: u64,

@@ -1,6 +1,7 @@
 //! The run loop: into the guest, and whatever an exit could not answer on its
 //! own: waiting, and the end.
 
+use super::events::Raised;
 use super::{Leave, Vcpu};
 use crate::addr::{Gpa, Gva};
 use crate::arch::cpu;
@@ -11,6 +12,7 @@ use crate::vmx::check::{self, FieldReader};
 use crate::vmx::entry::{Entry, Left};
 use crate::vmx::ept::EptError;
 use crate::vmx::error::{EntryFailure, VmInstructionError};
+use crate::vmx::exit_reason;
 use crate::vmx::vmcs::{Vmcs, guest, information};
 use core::fmt;
 
@@ -19,11 +21,17 @@ use core::fmt;
 pub enum End {
     PowerOff,
     Reset,
-    TripleFault,
+    /// An exception that could not be delivered; `raised` if it was the hypervisor's.
+    TripleFault {
+        rip: Gva,
+        raised: Option<Raised>,
+    },
     /// HLT with interrupts off, and nobody to wake it.
     HaltedForever,
     /// Code or page tables where the guest has no memory.
     NoMemory(Gpa),
+    /// The IDT, the stack or another table that an interrupt or exception needs.
+    NoMemoryForDelivery(Gpa),
     /// An instruction that touches a device and is not emulated.
     Instruction {
         rip: Gva,
@@ -51,7 +59,20 @@ impl fmt::Display for End {
         match self {
             Self::PowerOff => f.write_str("powered off"),
             Self::Reset => f.write_str("reset"),
-            Self::TripleFault => f.write_str("stopped: triple fault"),
+            Self::TripleFault { rip, raised } => {
+                write!(f, "stopped: triple fault at {rip}")?;
+                let Some(Raised {
+                    exception, reason, ..
+                }) = raised
+                else {
+                    return Ok(());
+                };
+                let name = exit_reason::name(usize::from(*reason));
+                write!(
+                    f,
+                    ", where the guest has no handler for {exception} ({name})"
+                )
+            }
             Self::HaltedForever => f.write_str("stopped: halted with interrupts off"),
             Self::NoMemory(gpa) => {
                 write!(
@@ -59,6 +80,10 @@ impl fmt::Display for End {
                     "stopped: code or page tables at {gpa}, where it has no memory"
                 )
             }
+            Self::NoMemoryForDelivery(gpa) => write!(
+                f,
+                "stopped: an interrupt or exception was to be delivered by way of {gpa}, where it has no memory"
+            ),
             Self::Instruction { rip, bytes, gpa } => {
                 write!(
                     f,

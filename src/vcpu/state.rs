@@ -147,6 +147,7 @@ impl Vcpu {
             msrs,
             clock: vm.clock,
             pending: Pending::default(),
+            raised: None,
             tsc_adjust: 0,
             primary: controls.primary,
             system_time: 0,

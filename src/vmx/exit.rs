@@ -176,6 +176,9 @@ pub struct EptViolation {
     pub linear: Option<Gva>,
     /// The access was to what the linear address translates to, not to a paging structure.
     pub final_access: bool,
+    /// The access was an IRET's, which had ended the blocking of NMIs; not valid
+    /// where the exit interrupted the delivery of an event.
+    pub unblocked_nmis: bool,
 }
 
 impl EptViolation {
@@ -189,6 +192,7 @@ impl EptViolation {
             execute: qualification & 4 != 0,
             linear: linear.then(|| Gva(vmcs.read(information::GUEST_LINEAR_ADDRESS))),
             final_access: linear && qualification & 1 << 8 != 0,
+            unblocked_nmis: qualification & 1 << 12 != 0,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The names of the basic exit reasons (SDM 3, appendix C), for statistics.
+//! The names of the basic exit reasons (SDM 3, appendix C), for people.
 
 /// How many basic exit reasons are counted one by one.
 pub const REASONS: usize = 80;
