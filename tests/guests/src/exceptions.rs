@@ -278,7 +278,8 @@ pub fn catch<F: FnOnce()>(f: F) -> Option<Exception> {
             f();
         }
     }
-    let outer = CATCHER.get();
+    // An interrupt's handler may catch too, between an exception and its being looked at here.
+    let (outer, outer_caught) = (CATCHER.get(), CAUGHT.get());
     CAUGHT.set(None);
     let mut f = Some(f);
     // SAFETY: `call` takes exactly this argument. `f` owns nothing to drop that matters.
@@ -291,7 +292,7 @@ pub fn catch<F: FnOnce()>(f: F) -> Option<Exception> {
     }
     CATCHER.set(outer);
     let caught = CAUGHT.get();
-    CAUGHT.set(None);
+    CAUGHT.set(outer_caught);
     caught
 }
 

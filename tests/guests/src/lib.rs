@@ -49,6 +49,7 @@ pub mod serial;
 pub mod start_info;
 pub mod time;
 
+pub use cell::Shared;
 pub use report::{check, check_detail, check_equal};
 
 // Its functions are called by compiled code only.

@@ -36,6 +36,11 @@ pub fn check_equal<T: PartialEq + fmt::Debug>(name: &str, actual: T, expected: T
 
 /// A check; `detail` says what was found where it fails.
 pub fn check_detail(name: &str, ok: bool, detail: fmt::Arguments<'_>) {
+    check_named(format_args!("{name}"), ok, detail);
+}
+
+/// The same with a name that is put together.
+pub fn check_named(name: fmt::Arguments<'_>, ok: bool, detail: fmt::Arguments<'_>) {
     if ok {
         PASSED.set(PASSED.get() + 1);
         say(format_args!("check: {name}: ok"));

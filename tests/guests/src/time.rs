@@ -1,6 +1,11 @@
 //! The time-stamp counter as a clock.
 
-use crate::cpu::{cpuid, rdtsc};
+use crate::apic::{self, entry, register};
+use crate::cpu::{self, cpuid, msr, rdtsc};
+use crate::exceptions;
+
+/// Vector of the timer that ends a wait in HLT.
+const GUARD: u8 = 0xe0;
 
 /// Ticks of the time-stamp counter in a second, as the hypervisor's CPUID leaf says.
 pub fn tsc_hz() -> u64 {
@@ -37,6 +42,21 @@ pub fn wait(limit: u64, done: impl Fn() -> bool) -> Option<u64> {
             return None;
         }
     }
+}
+
+/// Waits in HLT until `done`, for at most so many ticks; says how many it took.
+/// It uses the local APIC's timer.
+pub fn halt_until(limit: u64, done: impl Fn() -> bool) -> Option<u64> {
+    let start = rdtsc();
+    exceptions::on(GUARD, |_| apic::eoi());
+    apic::write(register::LVT_TIMER, entry::TSC_DEADLINE | u32::from(GUARD));
+    cpu::wrmsr(msr::TSC_DEADLINE, start.wrapping_add(limit));
+    while !done() && exceptions::count(GUARD) == 0 {
+        cpu::halt();
+    }
+    let passed = rdtsc().wrapping_sub(start);
+    cpu::wrmsr(msr::TSC_DEADLINE, 0);
+    done().then_some(passed)
 }
 
 /// Whether `actual` is `expected`, give or take `percent`.

@@ -2,10 +2,28 @@
 #![no_std]
 #![no_main]
 
+mod control;
 mod cpuid;
+mod faults;
+mod interrupts;
+mod io_apic;
+mod legacy;
+mod local_apic;
+mod msr;
+mod tables;
+mod uart;
 
 vireo_test_guests::guest!(run);
 
 fn run() {
     cpuid::check_all();
+    tables::check_all();
+    msr::check_all();
+    control::check_all();
+    faults::check_all();
+    local_apic::check_all();
+    interrupts::check_all();
+    legacy::check_all();
+    uart::check_all();
+    io_apic::check_all();
 }

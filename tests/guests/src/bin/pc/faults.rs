@@ -1,0 +1,99 @@
+//! Exceptions stay in the guest, and single-stepping sees every instruction.
+
+use core::cell::Cell;
+use vireo_test_guests::cpu::{self, rflags};
+use vireo_test_guests::exceptions::{self, Frame, is_gp, is_ud, vector};
+use vireo_test_guests::{Shared, check, check_equal, execute};
+
+pub fn check_all() {
+    let zero = Cell::new(0u32);
+    check_equal(
+        "DIV by zero raises #DE",
+        execute!("div {:e}", in(reg) zero.get(), inout("eax") 1 => _, inout("edx") 0 => _)
+            .map(|e| e.vector),
+        Some(vector::DIVIDE),
+    );
+    check("UD2 raises #UD", is_ud(execute!("ud2")));
+    let noncanonical = 1u64 << 62;
+    check(
+        "a non-canonical address raises #GP",
+        is_gp(execute!("mov {}, [{}]", out(reg) _, in(reg) noncanonical)),
+    );
+    exceptions::on(vector::BREAKPOINT, |_| {});
+    execute!("int3");
+    check_equal("INT3 raises #BP", exceptions::count(vector::BREAKPOINT), 1);
+    exceptions::off(vector::BREAKPOINT);
+    exceptions::on(0x80, |_| {});
+    execute!("int 0x80");
+    check_equal("INT 0x80 calls its gate", exceptions::count(0x80), 1);
+    single_step();
+}
+
+const MOST: usize = 16;
+static STEPS: Shared<[u64; MOST]> = Shared::new([0; MOST]);
+static COUNT: Shared<usize> = Shared::new(0);
+static REASONS: Shared<u64> = Shared::new(u64::MAX);
+
+fn step(frame: &mut Frame) {
+    let count = COUNT.get();
+    if count < MOST {
+        STEPS.put(count, frame.rip);
+        COUNT.set(count + 1);
+    } else {
+        frame.rflags &= !rflags::TRAP;
+    }
+    REASONS.set(REASONS.get() & cpu::dr6());
+    cpu::set_dr6(0xffff_0ff0);
+}
+
+/// Executes the instructions with the trap flag set just before, and checks that
+/// the first trap comes after the last of them.
+macro_rules! trapped_after {
+    ($name:literal, $first:literal $(, $rest:literal)*) => {{
+        COUNT.set(0);
+        REASONS.set(u64::MAX);
+        exceptions::on(vector::DEBUG, step);
+        let mut after = 0u64;
+        execute!(
+            "mov r8, rbx",
+            "lea {after}, [rip + 2f]",
+            "pushfq",
+            "or qword ptr [rsp], 0x100",
+            "popfq",
+            $first,
+            $($rest,)*
+            "2: nop",
+            "pushfq",
+            "and qword ptr [rsp], ~0x100",
+            "popfq",
+            "mov rbx, r8",
+            after = out(reg) after,
+            inout("rax") 0u64 => _,
+            inout("rcx") 0x1bu64 => _,
+            inout("rdx") 0x80u64 => _,
+            out("r8") _,
+            inout("r9") u64::from(vireo_test_guests::descriptors::selector::DATA) => _,
+        );
+        exceptions::off(vector::DEBUG);
+        check_equal($name, STEPS.at(0), after);
+        check_equal(concat!($name, ": four more traps follow"), COUNT.get(), 5);
+        check(concat!($name, ": DR6.BS is set"), REASONS.get() & 1 << 14 != 0);
+    }};
+}
+
+fn single_step() {
+    trapped_after!("a step over NOP", "nop");
+    trapped_after!("a step over CPUID", "cpuid");
+    trapped_after!("a step over IN", "in al, dx");
+    trapped_after!("a step over OUT", "out dx, al");
+    trapped_after!("a step over RDMSR", "rdmsr");
+    trapped_after!("a step over WBINVD", "wbinvd");
+    trapped_after!("MOV SS holds the step back over NOP", "mov ss, r9d", "nop");
+    trapped_after!(
+        "MOV SS holds the step back over CPUID",
+        "mov ss, r9d",
+        "cpuid"
+    );
+    trapped_after!("a step over MMIO", "mov eax, [0xfee00030]");
+    trapped_after!("a step over MOV to CR8", "mov cr8, rax");
+}
