@@ -130,6 +130,15 @@ pub fn write_polled(mut bytes: &[u8]) {
     }
 }
 
+/// Waits until the last byte has left the transmitter: a machine that goes off
+/// takes with it what its FIFO still holds.
+pub fn wait_until_sent() {
+    if !present() {
+        return;
+    }
+    with(|uart| (0..PATIENCE).any(|_| uart.lsr().contains(LSR::TRANSMITTER_EMPTY)));
+}
+
 /// Formats to the port with [`write_polled`]; lines end with CR LF.
 pub struct Polled;
 
