@@ -94,7 +94,10 @@ extern "C" fn main(handoff: *const Handoff) -> ! {
     };
     info!("VT-x: {}", vmx.controls);
 
-    monitor::guests::run_all(&boot, vmx);
+    let failed = monitor::guests::run_all(&boot, vmx);
+    if failed {
+        error!("not every guest ended well");
+    }
     console::flush();
     power::off_or_halt()
 }

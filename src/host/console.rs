@@ -211,6 +211,7 @@ fn drain(console: &mut Console) {
     while let Some(byte) = console.transmit.pop() {
         serial::write_polled(&[byte]);
     }
+    serial::wait_until_sent();
 }
 
 #[cfg(test)]

@@ -63,7 +63,6 @@ fn sleep(port: u16, kind: u16) {
 pub fn off_or_halt() -> ! {
     cpu::disable_interrupts();
     console::flush_unless_locked();
-    serial::wait_until_sent();
     off();
     let _ = writeln!(
         serial::Polled,

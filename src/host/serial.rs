@@ -130,13 +130,12 @@ pub fn write_polled(mut bytes: &[u8]) {
     }
 }
 
-/// Waits until the last byte has left the transmitter: a machine that goes off
-/// takes with it what its FIFO still holds.
+/// Waits until the last bit is on the line: what is in the transmitter when
+/// the power goes is lost.
 pub fn wait_until_sent() {
-    if !present() {
-        return;
+    if present() {
+        with(|uart| (0..PATIENCE).any(|_| uart.lsr().contains(LSR::TRANSMITTER_EMPTY)));
     }
-    with(|uart| (0..PATIENCE).any(|_| uart.lsr().contains(LSR::TRANSMITTER_EMPTY)));
 }
 
 /// Formats to the port with [`write_polled`]; lines end with CR LF.

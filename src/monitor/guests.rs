@@ -56,15 +56,23 @@ impl fmt::Display for StartError {
     }
 }
 
-/// Runs every guest to its end, and says how each ended or why it did not start.
-pub fn run_all(boot: &BootInfo, vmx: Vmx) {
+/// Runs every guest to its end; true when one did not start or did not end of its own will.
+pub fn run_all(boot: &BootInfo, vmx: Vmx) -> bool {
     let mut vpids = VpidAllocator::new();
+    let mut failed = false;
     for config in &boot.config.vm {
         match run(boot, config, vmx, &mut vpids) {
-            Ok(end) => info!("vm {}: {end}", config.name),
-            Err(reason) => error!("vm {}: {reason}", config.name),
+            Ok(end) => {
+                failed |= !matches!(end, End::PowerOff | End::Reset);
+                info!("vm {}: {end}", config.name);
+            }
+            Err(reason) => {
+                failed = true;
+                error!("vm {}: {reason}", config.name);
+            }
         }
     }
+    failed
 }
 
 /// A guest's memory, given back when it is gone.
