@@ -19,6 +19,7 @@ pub mod run;
 pub mod session;
 pub mod symbols;
 pub mod terminal;
+pub mod test;
 pub mod uki;
 pub mod verdict;
 pub mod volume;

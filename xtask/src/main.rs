@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use xtask::run::{self, GuestOptions};
+use xtask::test;
 
 /// Builds Vireo, makes its disk image, and runs it
 #[derive(Parser)]
@@ -38,6 +39,10 @@ enum Command {
     /// terminal, it is the guest shell's input, and its end powers the guest off.
     /// VIREO_BOCHS and VIREO_QEMU name other emulator programs.
     Run(run::Options),
+    /// Run the unit tests, then the integration tests, which boot machines
+    ///
+    /// Results are in target/tests too, as JUnit XML beside the machines' logs.
+    Test(test::Options),
 }
 
 fn main() -> ExitCode {
@@ -64,5 +69,6 @@ fn execute(command: Command) -> Result<u8> {
         }
         Command::Image { output, guest } => run::make_image(&output, &guest).map(|()| 0),
         Command::Run(options) => run::run(&options),
+        Command::Test(options) => test::run(&options),
     }
 }

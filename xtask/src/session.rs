@@ -323,6 +323,7 @@ impl<'a> Loop<'a> {
 
     /// The serial line has ended: the machine is off.
     fn ended(&mut self) -> Result<End> {
+        self.watcher.end();
         if let Some(sentence) = self.watcher.failure() {
             return Err(anyhow!(sentence));
         }

@@ -84,25 +84,31 @@ impl Watcher {
                 }
                 continue;
             }
-            let text = String::from_utf8_lossy(&self.line).into_owned();
-            self.line.clear();
-            // The firmware leaves escape sequences before the first line, and a
-            // guest that dies in the middle of a line leaves its beginning.
-            let Some(start) = text.find(PREFIX) else {
-                continue;
-            };
-            let text = text[start..].trim_end().to_owned();
-            if let Some(verdict) = Verdict::parse(&text) {
-                self.aftermath.clear();
-                self.verdicts.push(verdict);
-            } else if let Some(Verdict::Panic(_)) = self.verdicts.last() {
-                self.aftermath.push(text.clone());
-            }
-            self.restarted |= self.first.as_ref() == Some(&text);
-            self.first.get_or_insert_with(|| text.clone());
-            lines.push(text);
+            lines.extend(self.take_line());
         }
         lines
+    }
+
+    /// The stream has ended: takes what may be an incomplete line.
+    pub fn end(&mut self) {
+        self.take_line();
+    }
+
+    /// Looks at the line that is complete now; returns it if it is the hypervisor's.
+    fn take_line(&mut self) -> Option<String> {
+        let text = String::from_utf8_lossy(&std::mem::take(&mut self.line)).into_owned();
+        // The firmware leaves escape sequences before the first line, and a
+        // guest that dies in the middle of a line leaves its beginning.
+        let text = text[text.find(PREFIX)?..].trim_end().to_owned();
+        if let Some(verdict) = Verdict::parse(&text) {
+            self.aftermath.clear();
+            self.verdicts.push(verdict);
+        } else if let Some(Verdict::Panic(_)) = self.verdicts.last() {
+            self.aftermath.push(text.clone());
+        }
+        self.restarted |= self.first.as_ref() == Some(&text);
+        self.first.get_or_insert_with(|| text.clone());
+        Some(text)
     }
 
     /// The worst thing that was said: a panic before an error, an error before
@@ -183,7 +189,9 @@ mod tests {
     #[test]
     fn a_good_end_is_no_failure() {
         let mut watcher = Watcher::default();
-        watcher.push(b"vireo: vm a: powered off\r\n");
+        watcher.push(b"vireo: vm a: powered off");
+        watcher.end();
         assert_eq!(watcher.failure(), None);
+        assert_eq!(watcher.verdicts.len(), 1);
     }
 }

@@ -1,0 +1,257 @@
+//! The default guest, Debian's kernel as packaged, used as its users do.
+
+use crate::harness::{Case, Ending, Input, Outcome, Suite};
+use anyhow::Result;
+use nix::sys::signal::Signal;
+use std::time::Duration;
+
+/// How long `cargo xtask run` may take to the prompt on the emulator.
+const TO_THE_PROMPT: Duration = Duration::from_secs(240);
+
+pub fn add(suite: &mut Suite) {
+    suite.add("linux::command", command);
+    suite.add("linux::piped_input", piped_input);
+    suite.add("linux::terminal", terminal);
+    suite.add("linux::power_off_from_the_shell", power_off_from_the_shell);
+    suite.add("linux::interrupted", interrupted);
+    suite.add("linux::reset", reset);
+}
+
+/// What a kernel says when it finds something wrong with its PC.
+const COMPLAINTS: [&str; 10] = [
+    "BUG:",
+    "WARNING:",
+    "Call Trace",
+    "unchecked MSR",
+    "Firmware Bug",
+    "FIRMWARE BUG",
+    "ACPI Error",
+    "ACPI BIOS Error",
+    "unstable",
+    "spurious",
+];
+
+/// Prints everything that is looked at, each part after its name.
+const SCRIPT: &str = r#"
+part() { echo "== $1"; }
+part kernel; uname -rs
+part cpu; cat /proc/cpuinfo
+part messages; dmesg
+part clock; cat /sys/devices/system/clocksource/clocksource0/current_clocksource
+part memory; grep MemTotal /proc/meminfo
+part seconds; read a _ </proc/uptime; sleep 1; read b _ </proc/uptime; echo "$a $b"
+part timer; grep 'timer interrupts' /proc/interrupts
+part serial; grep ttyS0 /proc/interrupts
+part errors; echo to the error output >&2
+part bytes; seq 1 20000 | md5sum
+exit 42
+"#;
+
+fn command(case: &mut Case) -> Result<()> {
+    let seen = case.machine().exec(SCRIPT).run()?;
+    case.check_equal(
+        "the command's status is the exit status",
+        &seen.ending,
+        &Ending::Status(42),
+    );
+    case.check(
+        "output begins with the command's",
+        seen.output.starts_with("== kernel\nLinux "),
+        seen.output.lines().next().unwrap_or_default(),
+    );
+    case.check(
+        "output ends with the command's",
+        seen.output.ends_with("  -\n"),
+        seen.output.lines().last().unwrap_or_default(),
+    );
+    case.check_equal(
+        "output of both streams",
+        seen.section("errors"),
+        "to the error output",
+    );
+    case.check_equal(
+        "a pipeline's result",
+        seen.section("bytes"),
+        "e071f707df7bbeee2a6a1eb48011ddd0  -\n",
+    );
+    cpu(case, &seen);
+    let messages = seen.section("messages");
+    for complaint in COMPLAINTS {
+        let found = messages.lines().find(|line| line.contains(complaint));
+        case.check(
+            &format!("the kernel does not say {complaint}"),
+            found.is_none() && !messages.is_empty(),
+            found.unwrap_or("no messages"),
+        );
+    }
+    time(case, &seen);
+    case.check(
+        "the guest is off at the end",
+        seen.console.contains("vireo: vm linux: powered off"),
+        seen.console.lines().last().unwrap_or_default(),
+    );
+    case.check(
+        "its exits are counted",
+        seen.console.contains(" exits: I/O "),
+        "no such line",
+    );
+    case.check(
+        "standard error has no complaint",
+        !seen.errors.contains("error") && !seen.errors.contains("warning"),
+        &seen.errors,
+    );
+    case.check(
+        "it is quick",
+        seen.time < TO_THE_PROMPT,
+        format!("{:?}", seen.time),
+    );
+    Ok(())
+}
+
+/// The guest's CPU: a stock kernel needs no option to cure what is emulated wrongly.
+fn cpu(case: &mut Case, seen: &Outcome) {
+    let flags: Vec<&str> = seen
+        .section("cpu")
+        .lines()
+        .find_map(|line| line.strip_prefix("flags\t\t: "))
+        .unwrap_or_default()
+        .split(' ')
+        .collect();
+    for flag in ["hypervisor", "lm", "nx", "apic", "tsc", "fxsr", "sse2"] {
+        case.check(
+            &format!("the CPU has {flag}"),
+            flags.contains(&flag),
+            flags.join(" "),
+        );
+    }
+    for flag in ["vmx", "fsrm", "svm", "smx", "monitor"] {
+        case.check(
+            &format!("the CPU has no {flag}"),
+            !flags.contains(&flag),
+            flags.join(" "),
+        );
+    }
+}
+
+fn time(case: &mut Case, seen: &Outcome) {
+    let clock = seen.section("clock").trim();
+    case.check(
+        "the clock is fast",
+        ["tsc", "kvm-clock"].contains(&clock),
+        clock,
+    );
+    let seconds: Vec<f64> = seen
+        .section("seconds")
+        .split_whitespace()
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    let slept = match seconds[..] {
+        [before, after] => after - before,
+        _ => f64::NAN,
+    };
+    case.check(
+        "a second lasts a second",
+        (0.99..1.5).contains(&slept),
+        format!("{slept} s"),
+    );
+    let count = |name: &str| -> u64 {
+        let words = seen.section(name).split_whitespace();
+        words
+            .skip(1)
+            .find_map(|word| word.parse().ok())
+            .unwrap_or_default()
+    };
+    case.check("the timer interrupts", count("timer") > 50, count("timer"));
+    case.check("the UART interrupts", count("serial") > 10, count("serial"));
+}
+
+fn piped_input(case: &mut Case) -> Result<()> {
+    // More than the receive FIFO and the line buffer of a terminal hold.
+    let lines: String = (0..500).map(|n| format!("line {n} $HOME 'x\n")).collect();
+    let script = format!("uname\ncat <<'END'\n{lines}END\necho $((6 * 7))\n(exit 3)\n");
+    let seen = case
+        .machine()
+        .input(Input::Bytes(script.into_bytes()))
+        .run()?;
+    case.check_equal(
+        "everything arrives and comes back",
+        seen.output,
+        format!("Linux\n{lines}42\n"),
+    );
+    case.check_equal(
+        "the status is the last command's",
+        seen.ending,
+        Ending::Status(3),
+    );
+    Ok(())
+}
+
+fn terminal(case: &mut Case) -> Result<()> {
+    let typed = vec![
+        ("powers it off", "echo $((6 * 7))x; tty; stty size\r"),
+        ("42x", "sleep 100\r"),
+        ("sleep 100", "\x03"),
+        ("# ", "\x1dq"),
+    ];
+    let seen = case.machine().input(Input::Typed(typed)).run()?;
+    case.check_equal("leaving is no failure", seen.ending, Ending::Status(0));
+    case.check(
+        "the shell has job control",
+        seen.output.contains("/dev/ttyS0"),
+        &seen.output,
+    );
+    case.check(
+        "the key to leave is shown",
+        seen.output.contains("Ctrl-] then q"),
+        &seen.output,
+    );
+    no_leftover(case);
+    Ok(())
+}
+
+fn power_off_from_the_shell(case: &mut Case) -> Result<()> {
+    let typed = vec![("powers it off", "exit\r")];
+    let seen = case.machine().input(Input::Typed(typed)).run()?;
+    case.check_equal("the end is no failure", seen.ending, Ending::Status(0));
+    case.check(
+        "the hypervisor says so",
+        seen.output.contains("vireo: vm linux: powered off"),
+        &seen.output,
+    );
+    Ok(())
+}
+
+fn interrupted(case: &mut Case) -> Result<()> {
+    let seen = case
+        .machine()
+        .exec("sleep 1000")
+        .signal_at("vm linux: started", Signal::SIGINT)
+        .run()?;
+    case.check_equal("Ctrl-C's status", seen.ending, Ending::Status(130));
+    no_leftover(case);
+    Ok(())
+}
+
+fn reset(case: &mut Case) -> Result<()> {
+    let seen = case.machine().exec("echo before; reboot -f").run()?;
+    case.check(
+        "output until then",
+        seen.output.starts_with("before\n"),
+        &seen.output,
+    );
+    case.check_equal(
+        "the sentence",
+        seen.ending.sentence(),
+        "the guest linux has reset its machine",
+    );
+    Ok(())
+}
+
+fn no_leftover(case: &mut Case) {
+    let leftover = Outcome::leftover(case.folder());
+    case.check(
+        "no process is left behind",
+        leftover.is_none(),
+        leftover.unwrap_or_default(),
+    );
+}
