@@ -26,17 +26,17 @@ pub struct Options {
 /// # Errors
 /// When cargo does not start.
 pub fn run(options: &Options) -> Result<u8> {
-    let mut unit = cargo(&["test", "--locked"]);
-    unit.args(&options.filter);
-    let mut machines = cargo(&[
-        "run",
-        "--locked",
-        "--quiet",
-        "--package",
-        "vireo-tests",
-        "--",
-    ]);
-    machines
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command
+        .current_dir(paths::root())
+        .args([
+            "run",
+            "--locked",
+            "--quiet",
+            "--package",
+            "vireo-tests",
+            "--",
+        ])
         .env("VIREO_XTASK", std::env::current_exe()?)
         .args(&options.filter)
         .args(
@@ -45,17 +45,12 @@ pub fn run(options: &Options) -> Result<u8> {
                 .map(|number| format!("--test-threads={number}")),
         )
         .args(options.list.then_some("--list"));
-    let skip_unit = options.machines || options.list;
-    let units_pass = skip_unit || passes(unit)?;
-    Ok(u8::from(!passes(machines)? || !units_pass))
-}
-
-fn cargo(arguments: &[&str]) -> Command {
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(paths::root()).args(arguments);
-    command
-}
-
-fn passes(mut command: Command) -> Result<bool> {
-    Ok(command.status().context("cannot start cargo")?.success())
+    if options.machines {
+        command.env("VIREO_NO_UNIT_TESTS", "1");
+    }
+    let status = command.status().context("cannot start cargo")?;
+    Ok(status
+        .code()
+        .and_then(|code| u8::try_from(code).ok())
+        .unwrap_or(1))
 }

@@ -2,6 +2,7 @@
 
 mod journal;
 mod machine;
+mod unit;
 
 pub use machine::{Ending, Input, Machine, Outcome};
 
@@ -41,29 +42,41 @@ impl Suite {
         });
     }
 
-    /// Runs what the command line selects, as many machines at once as there
-    /// are CPUs, and writes the journal.
+    /// Runs what the command line selects (its filter, options as those of
+    /// `cargo test`), as many machines at once as there are CPUs, and writes
+    /// the journal. The unit tests come first, unless the environment has
+    /// `VIREO_NO_UNIT_TESTS`.
     ///
     /// # Errors
     /// When what the tests share cannot be had, or the journal not be written.
     pub fn run(self) -> Result<ExitCode> {
         let arguments = Arguments::from_args();
-        if !arguments.list {
-            provide()?;
-        }
         let journal = Arc::new(Journal::default());
         let trials = self
             .tests
             .into_iter()
             .map(|test| test.trial(&journal))
             .collect();
-        let conclusion = libtest_mimic::run(&arguments, trials);
-        if !arguments.list {
-            let file = paths::target().join("tests/machines.xml");
-            journal.write("machines", &file)?;
-            println!("journal: {}", file.display());
+        if arguments.list {
+            return Ok(libtest_mimic::run(&arguments, trials).exit_code());
         }
-        Ok(conclusion.exit_code())
+        let mut units_pass = true;
+        if std::env::var_os("VIREO_NO_UNIT_TESTS").is_none() {
+            let start = Instant::now();
+            let units = unit::run(arguments.filter.as_deref())?;
+            units_pass = units.passed;
+            journal.add("unit", start.elapsed(), units.records);
+        }
+        provide()?;
+        let conclusion = libtest_mimic::run(&arguments, trials);
+        let file = paths::target().join("tests/journal.xml");
+        journal.write("vireo", &file)?;
+        println!("journal: {}", file.display());
+        Ok(if units_pass {
+            conclusion.exit_code()
+        } else {
+            ExitCode::FAILURE
+        })
     }
 }
 

@@ -1,0 +1,65 @@
+//! The unit tests: `cargo test`, with its results in the journal too.
+
+use super::journal::Record;
+use anyhow::{Context, Result};
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use xtask::paths;
+
+/// What came of the unit tests.
+pub struct Units {
+    pub records: Vec<Record>,
+    /// All have passed, and all have been built.
+    pub passed: bool,
+}
+
+/// Runs those whose name contains `filter`, and shows what they print.
+///
+/// # Errors
+/// When cargo does not start.
+pub fn run(filter: Option<&str>) -> Result<Units> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut child = Command::new(cargo)
+        .current_dir(paths::root())
+        .args(["test", "--locked", "--no-fail-fast"])
+        .args(filter)
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start cargo")?;
+    let output = child.stdout.take().context("cargo has no output")?;
+    let mut records = Vec::new();
+    for line in BufReader::new(output).lines() {
+        let line = line.context("cannot read cargo's output")?;
+        println!("{line}");
+        records.extend(parse(&line));
+    }
+    Ok(Units {
+        records,
+        passed: child.wait()?.success(),
+    })
+}
+
+/// The result in a line of the standard test harness.
+fn parse(line: &str) -> Option<Record> {
+    let (name, result) = line.strip_prefix("test ")?.rsplit_once(" ... ")?;
+    match result {
+        "ok" => Some(Record::new(name, Ok(()))),
+        "FAILED" => Some(Record::new(name, Err("see the output of the run".into()))),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_read_from_lines() {
+        let good = parse("test vmx::ept::tests::maps - should panic ... ok").unwrap();
+        assert_eq!(good.name, "vmx::ept::tests::maps - should panic");
+        assert_eq!(good.failure(), None);
+        assert!(parse("test a::b ... FAILED").unwrap().failure().is_some());
+        assert!(parse("test a::b ... ignored").is_none());
+        assert!(parse("test result: ok. 3 passed; 0 failed").is_none());
+    }
+}
