@@ -62,6 +62,11 @@ impl<M: TableMemory> PageTables<M> {
         self.root
     }
 
+    /// Gives back the memory that the tables are in.
+    pub fn into_memory(self) -> M {
+        self.memory
+    }
+
     /// Maps the 4 KiB pages of `len` bytes.
     ///
     /// # Errors
@@ -80,27 +85,40 @@ impl<M: TableMemory> PageTables<M> {
         Ok(())
     }
 
-    /// Maps physical memory from 0 to `end` at `base`, writable and not
-    /// executable, without the pages of `hole`; with 2 MiB pages but around the hole.
+    /// Maps the memory `ram` (sorted, disjoint, whole 4 KiB pages) at `base`,
+    /// writable and not executable, without the pages of `hole`; with 2 MiB
+    /// pages where nothing but that memory lies in one.
     ///
     /// # Errors
     /// When no frame is left for a table.
-    pub fn map_direct(&mut self, base: u64, end: u64, hole: Range<u64>) -> Result<(), OutOfMemory> {
-        let mut phys = 0;
-        while phys < end {
-            let next = phys + LARGE_PAGE;
-            if next <= hole.start || phys >= hole.end {
+    pub fn map_direct(
+        &mut self,
+        base: u64,
+        ram: &[Range<u64>],
+        hole: Range<u64>,
+    ) -> Result<(), OutOfMemory> {
+        for range in ram {
+            let below = range.start..range.end.min(hole.start);
+            let above = range.start.max(hole.end)..range.end;
+            for part in [below, above] {
+                self.map_range(base, part)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn map_range(&mut self, base: u64, range: Range<u64>) -> Result<(), OutOfMemory> {
+        let mut phys = range.start;
+        while phys < range.end {
+            if phys.is_multiple_of(LARGE_PAGE) && range.end - phys >= LARGE_PAGE {
                 let entry = self.entry(base + phys, 2)?;
                 self.memory
                     .write(entry, phys | Access::ReadWrite.bits() | LARGE);
+                phys += LARGE_PAGE;
             } else {
-                for page in (phys..next).step_by(PAGE as usize) {
-                    if !hole.contains(&page) {
-                        self.map(base + page, page, PAGE, Access::ReadWrite)?;
-                    }
-                }
+                self.map(base + phys, phys, PAGE, Access::ReadWrite)?;
+                phys += PAGE;
             }
-            phys = next;
         }
         Ok(())
     }
@@ -169,12 +187,13 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_mapped_once_and_never_writable_and_executable() {
+    fn only_memory_is_mapped_and_never_writable_and_executable() {
         const BASE: u64 = 0xffff_8000_0000_0000;
         const KERNEL: u64 = 0xffff_ffff_8000_0000;
         let hole = 0x40_3000..0x61_5000;
+        let ram = [0..0xa_0000, 0x10_0000..0xfe_f000];
         let mut tables = PageTables::new(Frames::default()).unwrap();
-        tables.map_direct(BASE, 16 << 20, hole.clone()).unwrap();
+        tables.map_direct(BASE, &ram, hole.clone()).unwrap();
         tables
             .map(KERNEL, hole.start, 0x2000, Access::ReadExecute)
             .unwrap();
@@ -184,11 +203,13 @@ mod tests {
         tables
             .map(0x7000, 0x7000, PAGE, Access::ReadExecute)
             .unwrap();
-        for phys in (0..16u64 << 20).step_by(PAGE as usize) {
+        let mapped =
+            |phys: u64| ram.iter().any(|range| range.contains(&phys)) && !hole.contains(&phys);
+        for phys in (0..18u64 << 20).step_by(PAGE as usize) {
             match tables.walk(BASE + phys) {
-                None => assert!(hole.contains(&phys), "{phys:#x}"),
+                None => assert!(!mapped(phys), "{phys:#x}"),
                 Some((leaf, target)) => {
-                    assert!(!hole.contains(&phys), "{phys:#x}");
+                    assert!(mapped(phys), "{phys:#x}");
                     assert_eq!(target, phys);
                     assert_eq!(leaf & (WRITABLE | NO_EXECUTE), WRITABLE | NO_EXECUTE);
                 }

@@ -1,5 +1,5 @@
-//! The guests of the configuration, run one after the other on the boot
-//! processor.
+//! The guests of the configuration: all are loaded, then they run one after
+//! the other on the boot processor.
 
 use super::statistics::Exits;
 use crate::devices::Clock;
@@ -9,7 +9,7 @@ use crate::host::memory::frames::{ALIGN_2M, FrameRange};
 use crate::host::time;
 use crate::vcpu::{End, SetupError, Vcpu};
 use crate::vm::acpi;
-use crate::vm::boot::{self, BootError};
+use crate::vm::boot::{self, BootError, EntryState};
 use crate::vm::machine::{Host, Vm};
 use crate::vm::memory::{GuestMemory, OutOfSlot};
 use crate::vm::memory_map::MemoryMap;
@@ -19,6 +19,7 @@ use crate::vmx::memory_type::Mtrrs;
 use crate::vmx::operation::Vmx;
 use crate::vmx::vpid::{Vpid, VpidAllocator};
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::fmt;
 use log::{error, info};
 use vireo_handoff::layout::DIRECT_MAP;
@@ -58,10 +59,33 @@ impl fmt::Display for StartError {
 
 /// Runs every guest to its end; true when one did not start or did not end of its own will.
 pub fn run_all(boot: &BootInfo, vmx: Vmx) -> bool {
-    let mut vpids = VpidAllocator::new();
     let mut failed = false;
+    let mut guests = Vec::new();
     for config in &boot.config.vm {
-        match run(boot, config, vmx, &mut vpids) {
+        match Loaded::new(boot, config) {
+            Ok(guest) => guests.push(guest),
+            Err(reason) => {
+                failed = true;
+                error!("vm {}: {reason}", config.name);
+            }
+        }
+    }
+    // SAFETY: here and only here; what was loaded was copied.
+    unsafe { memory::release_files(boot) };
+
+    let mut loaded: u64 = guests.iter().map(|guest| guest.config.memory).sum();
+    let mut told = false;
+    let mut vpids = VpidAllocator::new();
+    for guest in guests {
+        let config = guest.config;
+        let result = guest.run(vmx, &mut vpids, || {
+            if !told {
+                tell_memory(loaded);
+                told = true;
+            }
+        });
+        loaded -= config.memory;
+        match result {
             Ok(end) => {
                 failed |= !matches!(end, End::PowerOff | End::Reset);
                 info!("vm {}: {end}", config.name);
@@ -75,82 +99,122 @@ pub fn run_all(boot: &BootInfo, vmx: Vmx) -> bool {
     failed
 }
 
+/// Says what memory is in use, of which `guests` bytes are guests'.
+fn tell_memory(guests: u64) {
+    let own = memory::usage().saturating_sub(guests);
+    info!(
+        "memory: {} KiB hypervisor, {} KiB guests",
+        own.div_ceil(1024),
+        guests / 1024
+    );
+}
+
 /// A guest's memory, given back when it is gone.
 struct Block(FrameRange);
 
 impl Drop for Block {
     fn drop(&mut self) {
-        // SAFETY: allocated in `run`; the VM that used it is dropped before.
+        // SAFETY: allocated in `Loaded::new`; the VM that used it is dropped before.
         let freed = unsafe { memory::free(self.0) };
         debug_assert!(freed.is_ok());
     }
 }
 
-fn run(
-    boot_info: &BootInfo,
-    config: &config::Vm,
-    vmx: Vmx,
-    vpids: &mut VpidAllocator,
-) -> Result<End, StartError> {
-    let frames =
-        memory::allocate(config.memory >> 12, ALIGN_2M).ok_or(StartError::NotEnoughMemory {
-            needed: config.memory,
-            largest_free: memory::counts().1 << 12,
-        })?;
-    let block = Block(frames);
-    let map = MemoryMap::new(block.0.start, config.memory);
-    let guest_memory = GuestMemory::new(map.slots(), DIRECT_MAP);
-    for slot in guest_memory.slots().iter() {
-        let contents = match slot.kind {
-            SlotKind::Ram => 0,
-            SlotKind::Rom => 0xff,
-        };
-        guest_memory
-            .fill(slot.start, slot.len, contents)
-            .map_err(StartError::Tables)?;
-    }
-    let rsdp = acpi::write(&guest_memory, config.vcpus).map_err(StartError::Tables)?;
-    let kernel = file(boot_info, &config.kernel)?;
-    let initrd = match &config.initrd {
-        Some(name) => Some(file(boot_info, name)?),
-        None => None,
-    };
-    let entry = boot::load(kernel, initrd, &config.cmdline, &guest_memory, &map, rsdp)
-        .map_err(StartError::Boot)?;
+/// A guest that is ready to start. Fields are dropped in their order.
+struct Loaded<'a> {
+    config: &'a config::Vm,
+    memory: GuestMemory,
+    map: MemoryMap,
+    entry: EntryState,
+    block: Block,
+}
 
-    let chipset = ChipsetConfig {
-        wall_clock: time::rtc::unix_seconds().unwrap_or(0),
-        ram_below_4g: map.ram_below_4g(),
-        ram_above_4g: map.ram_above_4g(),
-        io_apic_id: config.vcpus as u8,
-    };
-    let width = address_width();
-    let vm = Vm::new(
-        config.name.clone(),
-        config.vcpus,
-        guest_memory,
-        &chipset,
-        Clock::new(time::tsc_hz()),
-        Host {
-            capabilities: &vmx.capabilities,
-            address_width: width,
-            mtrrs: host_mtrrs(width),
-        },
-    )
-    .map_err(StartError::Ept)?;
-    let vpid = vpids.allocate().unwrap_or(Vpid::HOST);
-    let result = Vcpu::new(Arc::new(vm), 0, vmx, vpid, &entry)
-        .map(|(mut vcpu, mut stack)| {
-            info!("vm {}: started, {} MiB", config.name, config.memory >> 20);
-            super::log::quiet(true);
-            let end = vcpu.run(&mut stack, &entry);
-            super::log::quiet(false);
-            info!("vm {}: {}", config.name, Exits(vcpu.counts()));
-            end
+impl<'a> Loaded<'a> {
+    /// Takes the guest's memory and fills it.
+    fn new(boot_info: &BootInfo, config: &'a config::Vm) -> Result<Self, StartError> {
+        let frames =
+            memory::allocate(config.memory >> 12, ALIGN_2M).ok_or(StartError::NotEnoughMemory {
+                needed: config.memory,
+                largest_free: memory::largest_free(ALIGN_2M),
+            })?;
+        let block = Block(frames);
+        let map = MemoryMap::new(block.0.start, config.memory);
+        let memory = GuestMemory::new(map.slots(), DIRECT_MAP);
+        for slot in memory.slots().iter() {
+            let contents = match slot.kind {
+                SlotKind::Ram => 0,
+                SlotKind::Rom => 0xff,
+            };
+            memory
+                .fill(slot.start, slot.len, contents)
+                .map_err(StartError::Tables)?;
+        }
+        let rsdp = acpi::write(&memory, config.vcpus).map_err(StartError::Tables)?;
+        let kernel = file(boot_info, &config.kernel)?;
+        let initrd = match &config.initrd {
+            Some(name) => Some(file(boot_info, name)?),
+            None => None,
+        };
+        let entry = boot::load(kernel, initrd, &config.cmdline, &memory, &map, rsdp)
+            .map_err(StartError::Boot)?;
+        Ok(Self {
+            config,
+            memory,
+            map,
+            entry,
+            block,
         })
-        .map_err(StartError::Setup);
-    vpids.free(vpid);
-    result
+    }
+
+    /// Runs the guest to its end; `ready` is called when all is there that it needs.
+    fn run(
+        self,
+        vmx: Vmx,
+        vpids: &mut VpidAllocator,
+        ready: impl FnOnce(),
+    ) -> Result<End, StartError> {
+        let Self {
+            config,
+            memory,
+            map,
+            entry,
+            block: _block,
+        } = self;
+        let chipset = ChipsetConfig {
+            wall_clock: time::rtc::unix_seconds().unwrap_or(0),
+            ram_below_4g: map.ram_below_4g(),
+            ram_above_4g: map.ram_above_4g(),
+            io_apic_id: config.vcpus as u8,
+        };
+        let width = address_width();
+        let vm = Vm::new(
+            config.name.clone(),
+            config.vcpus,
+            memory,
+            &chipset,
+            Clock::new(time::tsc_hz()),
+            Host {
+                capabilities: &vmx.capabilities,
+                address_width: width,
+                mtrrs: host_mtrrs(width),
+            },
+        )
+        .map_err(StartError::Ept)?;
+        let vpid = vpids.allocate().unwrap_or(Vpid::HOST);
+        let result = Vcpu::new(Arc::new(vm), 0, vmx, vpid, &entry)
+            .map(|(mut vcpu, mut stack)| {
+                ready();
+                info!("vm {}: started, {} MiB", config.name, config.memory >> 20);
+                super::log::quiet(true);
+                let end = vcpu.run(&mut stack, &entry);
+                super::log::quiet(false);
+                info!("vm {}: {}", config.name, Exits(vcpu.counts()));
+                end
+            })
+            .map_err(StartError::Setup);
+        vpids.free(vpid);
+        result
+    }
 }
 
 fn file<'a>(boot: &'a BootInfo, name: &str) -> Result<&'a [u8], StartError> {

@@ -8,14 +8,15 @@
 //! The address space at entry, which the loader builds and [`layout`] names:
 //! the kernel's segments at their link addresses with their own permissions,
 //! all RAM at [`layout::DIRECT_MAP`] (writable, never executable, without the
-//! kernel's own pages), and the loader's two trampoline pages at their
-//! physical address. No page is writable and executable.
+//! kernel's own pages and without anything that is no RAM), and the loader's
+//! trampoline page at its physical address. No page is writable and executable.
 #![no_std]
 #![forbid(unsafe_code)]
 
 extern crate alloc;
 
 pub mod config;
+pub mod image;
 
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -86,10 +87,13 @@ pub struct MemoryRegion {
 /// What a run of memory holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MemoryKind {
-    /// Free RAM, boot services' memory included.
+    /// Free RAM, the memory of boot services, of the loader and of the
+    /// handoff itself included: it is to be copied before anything is allocated.
     Usable,
-    /// Loaded by us: the kernel, its first page tables, the boot information, guest files.
-    Loader,
+    /// The kernel's image and its first page tables.
+    Kernel,
+    /// One of [`BootInfo::files`].
+    File,
     /// Tables that the firmware keeps: ACPI reclaimable.
     AcpiReclaim,
     /// ACPI non-volatile storage.
@@ -153,6 +157,14 @@ impl BootInfo {
     /// Only when memory runs out.
     pub fn to_bytes(&self) -> Result<Vec<u8>, postcard::Error> {
         postcard::to_allocvec(self)
+    }
+
+    /// [`BootInfo::to_bytes`] without an allocation; the part of `room` that is used.
+    ///
+    /// # Errors
+    /// When it does not fit.
+    pub fn to_slice<'a>(&self, room: &'a mut [u8]) -> Result<&'a mut [u8], postcard::Error> {
+        postcard::to_slice(self, room)
     }
 
     /// The inverse of [`BootInfo::to_bytes`].

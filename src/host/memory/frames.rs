@@ -170,29 +170,51 @@ impl FrameAllocator {
         {
             return Err(FrameError::NotUsable);
         }
-        let index = self.free.partition_point(|free| free.end <= run.start);
-        if self
-            .free
-            .get(index)
-            .is_some_and(|next| next.start < run.end)
-        {
+        Self::insert(&mut self.free, run)
+    }
+
+    /// Takes over memory that was somebody else's until now.
+    ///
+    /// # Errors
+    /// When part of it is this allocator's already; then nothing changes.
+    pub fn adopt(&mut self, range: FrameRange) -> Result<(), FrameError> {
+        let len = range
+            .count
+            .checked_mul(PAGE_SIZE)
+            .ok_or(FrameError::NotUsable)?;
+        let end = range.start.checked_add(len).ok_or(FrameError::NotUsable)?;
+        let run = run_of(range.start.0, end.0).ok_or(FrameError::NotUsable)?;
+        Self::insert(&mut self.usable, run)?;
+        Self::insert(&mut self.free, run)
+    }
+
+    /// Adds `run` to a sorted list of disjoint runs, joined with its neighbours.
+    fn insert(runs: &mut Vec<Run>, run: Run) -> Result<(), FrameError> {
+        let index = runs.partition_point(|other| other.end <= run.start);
+        if runs.get(index).is_some_and(|next| next.start < run.end) {
             return Err(FrameError::AlreadyFree);
         }
-        let joins_below = index > 0 && self.free[index - 1].end == run.start;
-        let joins_above = self
-            .free
-            .get(index)
-            .is_some_and(|next| next.start == run.end);
+        let joins_below = index > 0 && runs[index - 1].end == run.start;
+        let joins_above = runs.get(index).is_some_and(|next| next.start == run.end);
         match (joins_below, joins_above) {
             (true, true) => {
-                self.free[index - 1].end = self.free[index].end;
-                self.free.remove(index);
+                runs[index - 1].end = runs[index].end;
+                runs.remove(index);
             }
-            (true, false) => self.free[index - 1].end = run.end,
-            (false, true) => self.free[index].start = run.start,
-            (false, false) => self.free.insert(index, run),
+            (true, false) => runs[index - 1].end = run.end,
+            (false, true) => runs[index].start = run.start,
+            (false, false) => runs.insert(index, run),
         }
         Ok(())
+    }
+
+    /// Bytes of the longest free run from a multiple of `align` bytes (a power of two) on.
+    pub fn largest(&self, align: u64) -> u64 {
+        let room = |run: &Run| {
+            let start = run.start.checked_next_multiple_of(align)?;
+            run.end.checked_sub(start)
+        };
+        self.free.iter().filter_map(room).max().unwrap_or(0)
     }
 
     /// Frames in all.

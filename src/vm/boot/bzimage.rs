@@ -3,15 +3,14 @@
 use super::placement::{
     self, CODE_SELECTOR, CodeSegment, DATA_SELECTOR, Initrd, PAGE_TABLES, PARAMETERS,
 };
-use super::{BootError, Content, EntryMode, EntryState};
+use super::{BootError, EntryMode, EntryState};
 use crate::addr::Gpa;
 use crate::vm::memory::{GuestMemory, OutOfSlot};
 use crate::vm::memory_map::{HIGH_RAM, MemoryMap};
+use vireo_handoff::image::{self, ImageError};
 
 /// Offsets in the set-up header, the same in the image and in the boot parameters.
 mod header {
-    pub const SETUP_SECTORS: usize = 0x1f1;
-    pub const SYSTEM_SIZE: usize = 0x1f4;
     pub const JUMP_LENGTH: usize = 0x201;
     pub const MAGIC: usize = 0x202;
     pub const VERSION: usize = 0x206;
@@ -50,10 +49,10 @@ fn bytes<const N: usize>(image: &[u8], offset: usize) -> Result<[u8; N], BootErr
     image
         .get(offset..offset + N)
         .and_then(|bytes| bytes.try_into().ok())
-        .ok_or(BootError::Truncated {
+        .ok_or(BootError::Image(ImageError::Truncated {
             need: HEADER_END_LIMIT as u64,
             have: image.len() as u64,
-        })
+        }))
 }
 
 fn word(image: &[u8], offset: usize) -> Result<u16, BootError> {
@@ -79,28 +78,13 @@ struct Header {
 
 impl Header {
     fn read(image: &[u8]) -> Result<Self, BootError> {
-        let content = Content::of(image);
-        if content != Content::BzImage {
-            return Err(BootError::NotAKernel(content));
-        }
+        let payload = image::bzimage_payload(image)?;
         let version = word(image, header::VERSION)?;
         if version < VERSION_2_12 {
             return Err(BootError::OldProtocol { version });
         }
         if word(image, header::XLOADFLAGS)? & XLF_KERNEL_64 == 0 {
             return Err(BootError::Only32Bit);
-        }
-        // 0 means 4, for old kernels.
-        let [sectors] = bytes(image, header::SETUP_SECTORS)?;
-        let sectors = if sectors == 0 { 4 } else { sectors };
-        let payload = (usize::from(sectors) + 1) * 512;
-        // In paragraphs of 16 bytes.
-        let size = u64::from(dword(image, header::SYSTEM_SIZE)?) * 16;
-        // The checksum may stand behind the last whole paragraph; what is promised must be there.
-        let need = payload as u64 + size;
-        let have = image.len() as u64;
-        if have + 15 < need || payload >= image.len() {
-            return Err(BootError::Truncated { need, have });
         }
         let [length] = bytes(image, header::JUMP_LENGTH)?;
         Ok(Self {
@@ -244,8 +228,8 @@ mod tests {
 
     fn image() -> Vec<u8> {
         let mut image = vec![0u8; 512 * 3 + 64];
-        image[header::SETUP_SECTORS] = 2;
-        image[header::SYSTEM_SIZE..][..4].copy_from_slice(&4u32.to_le_bytes());
+        image[image::SETUP_SECTORS] = 2;
+        image[image::SYSTEM_SIZE..][..4].copy_from_slice(&4u32.to_le_bytes());
         image[0x1fe..][..2].copy_from_slice(&[0x55, 0xaa]);
         image[header::JUMP_LENGTH] = 0x6a;
         image[header::MAGIC..][..4].copy_from_slice(b"HdrS");
@@ -404,23 +388,23 @@ mod tests {
         };
         assert_eq!(
             load(b"#!/bin/sh", None, ""),
-            BootError::NotAKernel(Content::Text)
+            BootError::Image(ImageError::NotAKernel(image::Content::Text))
         );
         let good = image();
         // Cut off inside the header.
         assert_eq!(
             load(&good[..520], None, ""),
-            BootError::Truncated {
+            BootError::Image(ImageError::Truncated {
                 need: 0x290,
                 have: 520
-            }
+            })
         );
         assert_eq!(
             load(&good[..512 * 3 + 10], None, ""),
-            BootError::Truncated {
+            BootError::Image(ImageError::Truncated {
                 need: 1600,
                 have: 1546
-            }
+            })
         );
         let mut old = good.clone();
         old[header::VERSION] = 0x0b;

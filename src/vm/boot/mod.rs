@@ -1,16 +1,14 @@
 //! Boot protocols: from an image to the state in which the first vCPU starts.
 
 pub mod bzimage;
-mod content;
 mod placement;
 pub mod pvh;
-
-pub use content::Content;
 
 use super::memory::{GuestMemory, OutOfSlot};
 use super::memory_map::MemoryMap;
 use crate::addr::Gpa;
 use core::fmt;
+use vireo_handoff::image::{Content, ImageError};
 
 /// The CPU mode that a protocol starts in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,18 +36,11 @@ pub struct EntryState {
 /// Why an image cannot be booted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BootError {
-    /// Neither a bzImage nor an ELF file, but what looks like this.
-    NotAKernel(Content),
-    Truncated {
-        need: u64,
-        have: u64,
-    },
+    Image(ImageError),
     OldProtocol {
         version: u16,
     },
     Only32Bit,
-    /// Not an ELF file of this kind of CPU, or one that contradicts itself.
-    DamagedElf(object::read::Error),
     NoPvhEntry,
     /// The PVH entry point is not in what the ELF file loads.
     EntryNotLoaded {
@@ -80,23 +71,22 @@ impl From<OutOfSlot> for BootError {
     }
 }
 
+impl From<ImageError> for BootError {
+    fn from(error: ImageError) -> Self {
+        Self::Image(error)
+    }
+}
+
 impl From<object::read::Error> for BootError {
     fn from(error: object::read::Error) -> Self {
-        Self::DamagedElf(error)
+        Self::Image(ImageError::DamagedElf(error))
     }
 }
 
 impl fmt::Display for BootError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
-            Self::NotAKernel(content) => write!(
-                f,
-                "the kernel image is neither a Linux bzImage nor an ELF file: it looks like {content}; name a kernel such as vmlinuz"
-            ),
-            Self::Truncated { need, have } => write!(
-                f,
-                "the kernel image is truncated: its header promises {need} bytes and it has {have}; copy it again"
-            ),
+            Self::Image(error) => error.fmt(f),
             Self::OldProtocol { version } => write!(
                 f,
                 "the kernel speaks boot protocol {}.{:02}, and 2.12 or later is needed",
@@ -105,10 +95,6 @@ impl fmt::Display for BootError {
             ),
             Self::Only32Bit => f.write_str(
                 "the kernel has no 64-bit entry point (xloadflags bit 0); use a 64-bit kernel",
-            ),
-            Self::DamagedElf(error) => write!(
-                f,
-                "the kernel image is a damaged ELF file ({error}); copy it again"
             ),
             Self::NoPvhEntry => f.write_str(
                 "the kernel is an ELF file without a 32-bit PVH entry point (note \"Xen\", type 18); use its bzImage, or build it with CONFIG_PVH",
@@ -159,7 +145,7 @@ pub fn load(
     let load = match Content::of(kernel) {
         Content::BzImage => bzimage::load,
         Content::Elf => pvh::load,
-        other => return Err(BootError::NotAKernel(other)),
+        other => return Err(ImageError::NotAKernel(other).into()),
     };
     load(kernel, initrd, cmdline, memory, map, rsdp)
 }

@@ -19,9 +19,8 @@ use crate::vm::memory_map::{HIGH_RAM, MemoryMap};
 use object::LittleEndian;
 use object::elf::{FileHeader32, FileHeader64, PT_LOAD};
 use object::read::elf::{FileHeader, ProgramHeader};
+use vireo_handoff::image::ImageError;
 
-/// What an ELF file starts with.
-pub const MAGIC: &[u8] = b"\x7fELF";
 /// Offset of the byte that tells 32-bit from 64-bit files, and its value for 64-bit ones.
 const CLASS: usize = 4;
 const CLASS_64: u8 = 2;
@@ -154,7 +153,7 @@ impl<'a> Segment<'a> {
         let (offset, len) = header.file_range(LittleEndian);
         let bytes = header
             .data(LittleEndian, image)
-            .map_err(|()| BootError::Truncated {
+            .map_err(|()| ImageError::Truncated {
                 need: offset.saturating_add(len),
                 have: image.len() as u64,
             })?;

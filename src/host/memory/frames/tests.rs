@@ -86,6 +86,20 @@ fn check_lists(frames: &FrameAllocator) {
     }
 }
 
+#[test]
+fn adopted_memory_joins_what_is_there_and_is_never_taken_twice() {
+    let mut frames = FrameAllocator::from_regions(&[usable(1 << 20, 1 << 20)]);
+    let behind = FrameRange {
+        start: Hpa(2 << 20),
+        count: 256,
+    };
+    frames.adopt(behind).unwrap();
+    assert_eq!((frames.total(), frames.free_count()), (512, 512));
+    assert!(frames.allocate(512, ALIGN_4K).is_some());
+    assert_eq!(frames.adopt(behind), Err(FrameError::AlreadyFree));
+    assert_eq!((frames.total(), frames.free_count()), (512, 0));
+}
+
 proptest! {
     #[test]
     fn hands_out_usable_memory_once_and_takes_all_of_it_back(

@@ -271,10 +271,10 @@ fn what_cannot_boot_is_named() {
     let cut = file.len() - 1;
     assert_eq!(
         Guest::new().load(&file[..cut], None, "").unwrap_err(),
-        BootError::Truncated {
+        BootError::Image(ImageError::Truncated {
             need: file.len() as u64,
             have: cut as u64
-        }
+        })
     );
     assert_eq!(
         Guest::new()
