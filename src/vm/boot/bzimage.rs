@@ -395,7 +395,7 @@ mod tests {
         assert_eq!(
             load(&good[..520], None, ""),
             BootError::Image(ImageError::Truncated {
-                need: 0x290,
+                need: 1600,
                 have: 520
             })
         );
