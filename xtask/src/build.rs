@@ -43,6 +43,8 @@ pub struct Built {
     pub kernel: PathBuf,
     /// The loader with the kernel in it: an EFI application.
     pub loader: PathBuf,
+    /// Bytes of the kernel's loaded segments.
+    pub size: u64,
 }
 
 /// Builds the kernel, checks it, and builds the loader around it.
@@ -88,7 +90,11 @@ pub fn all() -> Result<Built> {
     let loader = output_folder().join("BOOTX64.EFI");
     std::fs::write(&loader, application)
         .with_context(|| format!("cannot write {}", loader.display()))?;
-    Ok(Built { kernel, loader })
+    Ok(Built {
+        kernel,
+        loader,
+        size,
+    })
 }
 
 /// The small guests: the programs in `tests/guests`.

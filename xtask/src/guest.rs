@@ -28,7 +28,8 @@ mount -t devtmpfs devtmpfs /dev
 exec </dev/console >/dev/console 2>&1
 [ -r /vireo/terminal ] && . /vireo/terminal
 cd /root
-echo "Linux $(uname -r), a guest of Vireo. 'exit' powers it off."
+grep -qw hypervisor /proc/cpuinfo && whose=', a guest of Vireo'
+echo "Linux $(uname -r)$whose. 'exit' powers it off."
 setsid cttyhack sh -l
 poweroff -f
 "#;

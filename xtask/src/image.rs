@@ -1,4 +1,5 @@
-//! The disk image: a GPT with one EFI system partition.
+//! The disk image: a GPT with one EFI system partition, or no more than a file
+//! system for a BIOS.
 //!
 //! Its size is a whole number of cylinders of [`HEADS`] heads with
 //! [`SECTORS`] sectors, which is what Bochs wants for a flat image. Equal
@@ -20,7 +21,7 @@ pub const HEADS: u64 = 16;
 pub const SECTORS: u64 = 63;
 /// Bytes of a cylinder.
 pub const CYLINDER: u64 = HEADS * SECTORS * SECTOR;
-/// Where the partition starts: 1 MiB, as partitioning tools do.
+/// Where a partition starts: 1 MiB, as partitioning tools do.
 const START: u64 = (1 << 20) / SECTOR;
 /// The backup partition table at the end: 32 sectors of entries and a header.
 const BACKUP: u64 = 33;
@@ -45,15 +46,19 @@ pub struct Entry {
 struct Layout {
     /// Bytes of a cluster.
     cluster: u32,
-    /// Sectors of the partition.
-    partition: u64,
+    /// The first sector of the file system.
+    start: u64,
+    /// Sectors of the file system.
+    volume: u64,
     /// Sectors of the disk.
     disk: u64,
 }
 
 impl Layout {
-    /// The layout for files of `sizes` bytes.
-    fn for_files(sizes: impl Iterator<Item = u64> + Clone) -> Self {
+    /// The layout for files of `sizes` bytes, with a partition table or
+    /// without.
+    fn for_files(sizes: impl Iterator<Item = u64> + Clone, partitioned: bool) -> Self {
+        let (start, backup) = if partitioned { (START, BACKUP) } else { (0, 0) };
         let total: u64 = sizes.clone().sum();
         let cluster = if total < 256 << 20 { SECTOR } else { 4096 };
         // Two clusters of folder for each file: its own and its parent's.
@@ -61,11 +66,12 @@ impl Layout {
         let clusters = (used + used / 64 + 64).max(LEAST_CLUSTERS);
         // Two tables of four bytes for each cluster, and the reserved sectors.
         let tables = 2 * (clusters * 4).div_ceil(SECTOR) + 64;
-        let wanted = START + clusters * (cluster / SECTOR) + tables + BACKUP;
+        let wanted = start + clusters * (cluster / SECTOR) + tables + backup;
         let disk = (wanted * SECTOR).next_multiple_of(CYLINDER) / SECTOR;
         Self {
             cluster: cluster as u32,
-            partition: disk - START - BACKUP,
+            start,
+            volume: disk - start - backup,
             disk,
         }
     }
@@ -76,8 +82,21 @@ impl Layout {
 /// # Errors
 /// When the file cannot be written, or a path is not possible on FAT.
 pub fn write(path: &Path, files: &[Entry]) -> Result<()> {
-    let layout = Layout::for_files(files.iter().map(|file| file.contents.len() as u64));
-    write_layout(path, files, &layout)
+    write_image(path, files, true)
+}
+
+/// Writes an image without partitions, whose first sector is that of the file
+/// system.
+///
+/// # Errors
+/// As for [`write`].
+pub fn write_unpartitioned(path: &Path, files: &[Entry]) -> Result<()> {
+    write_image(path, files, false)
+}
+
+fn write_image(path: &Path, files: &[Entry], partitioned: bool) -> Result<()> {
+    let sizes = files.iter().map(|file| file.contents.len() as u64);
+    write_layout(path, files, &Layout::for_files(sizes, partitioned))
         .with_context(|| format!("cannot write the disk image {}", path.display()))
 }
 
@@ -89,9 +108,11 @@ fn write_layout(path: &Path, files: &[Entry], layout: &Layout) -> Result<()> {
         .truncate(true)
         .open(path)?;
     disk.set_len(layout.disk * SECTOR)?;
-    partition(&mut disk, layout)?;
-    let start = START * SECTOR;
-    let slice = StreamSlice::new(disk, start, start + layout.partition * SECTOR)?;
+    if layout.start > 0 {
+        partition(&mut disk, layout)?;
+    }
+    let start = layout.start * SECTOR;
+    let slice = StreamSlice::new(disk, start, start + layout.volume * SECTOR)?;
     let mut volume = BufStream::new(slice);
     let options = FormatVolumeOptions::new()
         .fat_type(FatType::Fat32)
@@ -136,8 +157,8 @@ fn partition(disk: &mut File, layout: &Layout) -> Result<()> {
     let id = table.add_partition_at(
         "EFI system partition",
         1,
-        START,
-        layout.partition,
+        layout.start,
+        layout.volume,
         gpt::partition_types::EFI,
         0,
     )?;
@@ -162,13 +183,15 @@ mod tests {
     #[test]
     fn the_disk_is_whole_cylinders_and_holds_everything() {
         for size in [0, 1, 20 << 20, 300 << 20, 1500 << 20] {
-            let layout = Layout::for_files([size, 1000].into_iter());
-            assert_eq!(layout.disk * SECTOR % CYLINDER, 0);
-            let clusters = layout.partition * SECTOR / u64::from(layout.cluster);
-            assert!(clusters > LEAST_CLUSTERS && layout.partition * SECTOR > size);
-            assert!(START + layout.partition + BACKUP == layout.disk);
+            for (partitioned, tables) in [(true, START + BACKUP), (false, 0)] {
+                let layout = Layout::for_files([size, 1000].into_iter(), partitioned);
+                assert_eq!(layout.disk * SECTOR % CYLINDER, 0);
+                let clusters = layout.volume * SECTOR / u64::from(layout.cluster);
+                assert!(clusters > LEAST_CLUSTERS && layout.volume * SECTOR > size);
+                assert_eq!(layout.volume + tables, layout.disk);
+            }
         }
-        assert!(Layout::for_files([15 << 20].into_iter()).disk * SECTOR < 48 << 20);
+        assert!(Layout::for_files([15 << 20].into_iter(), true).disk * SECTOR < 48 << 20);
     }
 
     #[test]

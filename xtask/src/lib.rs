@@ -6,6 +6,7 @@
 
 pub mod build;
 pub mod cpio;
+pub mod figures;
 pub mod framing;
 pub mod guest;
 pub mod image;

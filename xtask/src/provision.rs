@@ -9,7 +9,7 @@
 
 mod rig;
 
-use crate::machine::{Bochs, Qemu};
+use crate::machine::{Bare, Bochs, Qemu};
 use crate::paths;
 use crate::progress::Progress;
 use anyhow::{Context, Result, bail, ensure};
@@ -117,6 +117,26 @@ impl<'a> Provisioner<'a> {
         Ok(Qemu {
             program,
             firmware: self.ovmf()?,
+        })
+    }
+
+    /// What boots a guest's kernel without Vireo.
+    ///
+    /// # Errors
+    /// When a part of it is not there and cannot be fetched.
+    pub fn bare(&self) -> Result<Bare> {
+        let firmware = self.file("bochsbios", "usr/share/bochs/BIOS-bochs-latest")?;
+        let mtools = match paths::find_program("mcopy") {
+            Some(_) => None,
+            None => Some(self.package("mtools")?.join("usr/bin")),
+        };
+        Ok(Bare {
+            bochs: Bochs {
+                firmware,
+                ..self.bochs()?
+            },
+            syslinux: self.file("syslinux", "usr/bin/syslinux")?,
+            mtools,
         })
     }
 

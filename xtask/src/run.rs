@@ -1,18 +1,20 @@
 //! `cargo xtask run`: from nothing to a guest's shell.
 
-use crate::machine::{Machine, MachineConfig, Platform, nested_vmx, rig};
+use crate::build::Built;
+use crate::figures::{Baseline, Boot, Figures};
+use crate::machine::{Bare, Machine, MachineConfig, Platform, nested_vmx, rig};
 use crate::progress::Progress;
 use crate::provision::Provisioner;
 use crate::session::{End, Report, Session, Streams, input_is_terminal};
 use crate::verdict::Verdict;
 use crate::volume::{Job, Single, Volume, parse_memory};
 use crate::{build, image, paths, symbols};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The limit where nobody is there to notice that a machine hangs.
 const UNATTENDED: Duration = Duration::from_secs(600);
@@ -85,6 +87,8 @@ pub enum PlatformChoice {
     Qemu,
     /// QEMU with KVM on Linux in Bochs: slow, and as strict as KVM where there is no VT-x
     Nested,
+    /// The guest's kernel on Bochs itself, without Vireo: the baseline for what Vireo costs
+    Bare,
 }
 
 impl PlatformChoice {
@@ -93,8 +97,10 @@ impl PlatformChoice {
     /// # Errors
     /// When it cannot be had.
     pub fn provision(self, provisioner: &Provisioner) -> Result<Box<dyn Platform>> {
-        if self == Self::Nested {
-            return Ok(Box::new(provisioner.rig()?));
+        match self {
+            Self::Nested => return Ok(Box::new(provisioner.rig()?)),
+            Self::Bare => return Ok(Box::new(provisioner.bare()?)),
+            _ => {}
         }
         let qemu = match self {
             Self::Auto if nested_vmx() => provisioner.qemu().ok(),
@@ -141,6 +147,7 @@ impl GuestOptions {
 /// # Errors
 /// One sentence for whatever went wrong.
 pub fn run(options: &Options) -> Result<u8> {
+    let start = Instant::now();
     let progress = Progress::new();
     let provisioner = Provisioner::new(&progress);
     let terminal = options.exec.is_none() && input_is_terminal();
@@ -158,22 +165,29 @@ pub fn run(options: &Options) -> Result<u8> {
         )?),
     };
     let platform = options.platform.provision(&provisioner)?;
+    let bare = match options.platform {
+        PlatformChoice::Bare => Some(provisioner.bare()?),
+        _ => None,
+    };
     progress.clear();
-    let built = build::all()?;
+    let system = match bare {
+        Some(bare) => System::Guest(bare),
+        None => System::Vireo(build::all()?),
+    };
 
     let folder = RunFolder::create(options.folder.as_deref())?;
     progress.stage("disk image");
-    let guests = disk.memory();
-    let disk = disk.write(&folder.path.join(DISK), &built)?;
     let mut config = MachineConfig {
         cpu_model: options.cpu.clone(),
         ips: options.ips,
-        ..MachineConfig::new(&disk, &folder.path, guests)
+        ..MachineConfig::new(&folder.path.join(DISK), &folder.path, disk.memory())
     };
+    let fingerprint = disk.fingerprint();
+    system.write_disk(disk, &mut config)?;
     if let Some(bytes) = options.machine_memory.as_deref().and_then(parse_memory) {
         config.memory_mib = bytes.div_ceil(1 << 20);
     }
-    let machine = start(platform.as_ref(), &config, &progress)?;
+    let machine = power_on(platform.as_ref(), &config, &progress)?;
     let streams = if terminal {
         Streams::Terminal
     } else if options.disk.is_some() {
@@ -191,6 +205,7 @@ pub fn run(options: &Options) -> Result<u8> {
     let log = folder.path.join("serial.log");
     let report = Session {
         machine,
+        vireo: matches!(system, System::Vireo(_)),
         streams,
         log,
         timeout,
@@ -199,10 +214,21 @@ pub fn run(options: &Options) -> Result<u8> {
     .run();
     progress.clear();
     folder.close();
-    if let Some(ticks) = report.init {
-        eprintln!("boot: {ticks} ticks");
+    if report.prompt.is_some() {
+        let baseline = fingerprint
+            .map(|guest| Baseline::new(guest, options.ips, options.cpu.as_deref()))
+            .filter(|_| platform.counts_instructions());
+        let figures = Figures {
+            boot: system.boot(report.init, baseline)?,
+            kernel: system.built().map(|built| built.size),
+            memory: report.watcher.memory,
+            prompt: report.prompt.map(|prompt| prompt - start),
+        };
+        eprint!("{figures}");
     }
-    show_backtrace(&report, &built.kernel);
+    if let Some(built) = system.built() {
+        show_backtrace(&report, &built.kernel);
+    }
     Ok(match report.end? {
         End::Status(status) => u8::try_from(status).unwrap_or(1),
         End::Left => 0,
@@ -227,18 +253,69 @@ impl Disk<'_> {
         }
     }
 
-    /// Writes the image to `path`, a copy where it exists: machines write too.
-    fn write(self, path: &Path, built: &build::Built) -> Result<PathBuf> {
+    /// See [`Volume::fingerprint`].
+    fn fingerprint(&self) -> Option<u64> {
         match self {
-            Self::Volume(volume) => {
-                image::write(path, &volume.into_files(paths::read(&built.loader)?))?;
+            Self::Volume(volume) => volume.fingerprint,
+            Self::Given(_) => None,
+        }
+    }
+}
+
+/// What runs on the machine.
+enum System {
+    /// Vireo, and guests in it.
+    Vireo(Built),
+    /// The guest itself, without Vireo.
+    Guest(Bare),
+}
+
+impl System {
+    /// Writes the disk of a machine, and completes its configuration.
+    fn write_disk(&self, disk: Disk, config: &mut MachineConfig) -> Result<()> {
+        match (self, disk) {
+            (Self::Vireo(built), Disk::Volume(volume)) => image::write(
+                &config.disk,
+                &volume.into_files(paths::read(&built.loader)?),
+            ),
+            // A copy: machines write too.
+            (Self::Vireo(_), Disk::Given(given)) => fs::copy(given, &config.disk)
+                .map(drop)
+                .with_context(|| format!("cannot read the disk image {}", given.display())),
+            (Self::Guest(bare), Disk::Volume(volume)) => {
+                let guest = volume.only_guest()?;
+                config.memory_mib = volume.memory.div_ceil(1 << 20);
+                config.cpus = guest.vcpus;
+                bare.write_disk(&config.disk, &guest, config.ips)
             }
-            Self::Given(given) => {
-                fs::copy(given, path)
-                    .with_context(|| format!("cannot read the disk image {}", given.display()))?;
+            (Self::Guest(_), Disk::Given(_)) => {
+                bail!("--disk is for machines with Vireo: leave --platform bare or --disk away")
             }
         }
-        Ok(path.to_owned())
+    }
+
+    /// What is built for it.
+    fn built(&self) -> Option<&Built> {
+        match self {
+            Self::Vireo(built) => Some(built),
+            Self::Guest(_) => None,
+        }
+    }
+
+    /// What the boot took. It is kept where it is the `baseline`, which exists
+    /// where ticks are instructions.
+    fn boot(&self, ticks: Option<u64>, baseline: Option<Baseline>) -> Result<Option<Boot>> {
+        Ok(match (self, ticks, baseline) {
+            (_, None, _) => None,
+            (Self::Guest(_), Some(count), baseline) => {
+                baseline.map_or(Ok(()), |baseline| baseline.write(count))?;
+                Some(Boot::Bare(count))
+            }
+            (Self::Vireo(_), Some(count), Some(baseline)) => {
+                Some(Boot::Instructions(count, baseline.read()))
+            }
+            (Self::Vireo(_), Some(ticks), None) => Some(Boot::Ticks(ticks)),
+        })
     }
 }
 
@@ -259,7 +336,11 @@ pub fn make_image(output: &Path, guest: &GuestOptions) -> Result<()> {
     Ok(())
 }
 
-fn start(platform: &dyn Platform, config: &MachineConfig, progress: &Progress) -> Result<Machine> {
+fn power_on(
+    platform: &dyn Platform,
+    config: &MachineConfig,
+    progress: &Progress,
+) -> Result<Machine> {
     progress.stage(&format!(
         "starting {} with {} MiB",
         platform.name(),

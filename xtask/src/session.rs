@@ -49,6 +49,8 @@ pub enum End {
 pub struct Session<'a> {
     /// The machine, just started.
     pub machine: Machine,
+    /// Vireo is on the machine; else the guest's console is all there is.
+    pub vireo: bool,
     /// How it is joined to us.
     pub streams: Streams<'a>,
     /// Everything from the console is kept here.
@@ -65,19 +67,26 @@ pub struct Report {
     pub end: Result<End>,
     /// The hypervisor's verdicts.
     pub watcher: Watcher,
-    /// The guest's time-stamp counter when its first process began.
+    /// The guest's ticks from its kernel's first instruction to its first process.
     pub init: Option<u64>,
+    /// When the guest's shell began.
+    pub prompt: Option<Instant>,
 }
 
 impl Session<'_> {
     /// Runs the machine to its end, and takes it down in any case.
     pub fn run(self) -> Report {
         let mut watcher = Watcher::default();
-        let (end, init) = match Loop::new(self, &mut watcher) {
-            Ok(mut running) => (running.run(), running.init),
-            Err(error) => (Err(error), None),
+        let (end, init, prompt) = match Loop::new(self, &mut watcher) {
+            Ok(mut running) => (running.run(), running.init, running.prompt),
+            Err(error) => (Err(error), None, None),
         };
-        Report { end, watcher, init }
+        Report {
+            end,
+            watcher,
+            init,
+            prompt,
+        }
     }
 }
 
@@ -99,6 +108,7 @@ struct Loop<'a> {
     /// The job wants input.
     wanted: bool,
     init: Option<u64>,
+    prompt: Option<Instant>,
     status: Option<i32>,
     deadline: Option<Instant>,
 }
@@ -116,7 +126,8 @@ impl<'a> Loop<'a> {
         };
         let deadline = session.timeout.map(|limit| Instant::now() + limit);
         session.progress.stage(STAGES[0]);
-        Ok(Self {
+        let vireo = session.vireo;
+        let mut new = Self {
             watcher,
             log,
             signals: [signal(SIGINT)?, signal(SIGTERM)?, signal(SIGHUP)?],
@@ -129,10 +140,26 @@ impl<'a> Loop<'a> {
             next_piece: Instant::now(),
             wanted: false,
             init: None,
+            prompt: None,
             status: None,
             deadline,
             session,
-        })
+        };
+        if !vireo {
+            new.open()?;
+        }
+        Ok(new)
+    }
+
+    /// From now on, what the console says is the guest's or the hypervisor's.
+    fn open(&mut self) -> Result<()> {
+        self.spoken = true;
+        if matches!(self.session.streams, Streams::Terminal) {
+            self.session.progress.clear();
+            eprintln!("{}", terminal::HINT);
+            self.raw = Some(Raw::enter()?);
+        }
+        Ok(())
     }
 
     fn run(&mut self) -> Result<End> {
@@ -219,21 +246,22 @@ impl<'a> Loop<'a> {
             .context("cannot write the console's log")?;
         if let Some(framer) = &mut self.framer {
             let events = framer.push(bytes);
-            let lines = self.watcher.push(bytes);
-            lines.iter().for_each(|line| self.show_stage(line));
+            if self.session.vireo {
+                let lines = self.watcher.push(bytes);
+                lines.iter().for_each(|line| self.show_stage(line));
+            }
             return events.into_iter().try_for_each(|event| self.handle(event));
+        }
+        if !self.session.vireo {
+            return write_out(bytes);
         }
         for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
             let lines = self.watcher.push(piece);
             if self.spoken {
                 write_out(piece)?;
             } else if let Some(line) = lines.first() {
-                self.spoken = true;
                 self.session.progress.clear();
-                if matches!(self.session.streams, Streams::Terminal) {
-                    eprintln!("{}", terminal::HINT);
-                    self.raw = Some(Raw::enter()?);
-                }
+                self.open()?;
                 write_out(format!("{line}\r\n").as_bytes())?;
             }
         }
@@ -245,6 +273,7 @@ impl<'a> Loop<'a> {
             Event::Init(ticks) => self.init = Some(ticks),
             Event::Begin => {
                 self.session.progress.clear();
+                self.prompt = Some(Instant::now());
                 self.stage = STAGES.len();
             }
             Event::Output(bytes) => write_out(&bytes)?,
@@ -327,10 +356,11 @@ impl<'a> Loop<'a> {
         if let Some(sentence) = self.watcher.failure() {
             return Err(anyhow!(sentence));
         }
+        let told = !self.session.vireo || !self.watcher.verdicts.is_empty();
         match (&self.framer, self.status) {
             (_, Some(status)) => Ok(End::Status(status)),
-            (None, None) if !self.watcher.verdicts.is_empty() => Ok(End::Status(0)),
-            _ if !self.watcher.verdicts.is_empty() => {
+            (None, None) if told => Ok(End::Status(0)),
+            _ if told => {
                 bail!("the guest has powered off before its command ended")
             }
             _ => bail!(

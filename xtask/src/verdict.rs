@@ -4,6 +4,8 @@
 //! the hypervisor itself. A guest can print such a line too, so a verdict is
 //! believed only together with the end of the machine.
 
+use crate::figures::Memory;
+
 /// The start of every line of the hypervisor and its loader.
 pub const PREFIX: &str = "vireo: ";
 
@@ -70,6 +72,8 @@ pub struct Watcher {
     /// The first line, and whether it came a second time: the machine has restarted.
     first: Option<String>,
     pub restarted: bool,
+    /// How much memory the hypervisor says that it and the guests have.
+    pub memory: Option<Memory>,
 }
 
 impl Watcher {
@@ -100,6 +104,8 @@ impl Watcher {
         // The firmware leaves escape sequences before the first line, and a
         // guest that dies in the middle of a line leaves its beginning.
         let text = text[text.find(PREFIX)?..].trim_end().to_owned();
+        // The first line of its kind: guests come after it.
+        self.memory = self.memory.or_else(|| Memory::parse(&text));
         if let Some(verdict) = Verdict::parse(&text) {
             self.aftermath.clear();
             self.verdicts.push(verdict);

@@ -5,7 +5,8 @@ use crate::guest::{self, Exec};
 use crate::image::{Entry, LOADER};
 use crate::provision::Provisioner;
 use crate::{build, paths};
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Component, Path};
 use toml::{Table, Value};
 
@@ -45,6 +46,22 @@ pub struct Volume {
     files: Vec<Entry>,
     /// Bytes of memory of all guests together.
     pub memory: u64,
+    /// Stands for everything but the job that the boot of the only guest
+    /// depends on; equal for equal guests.
+    pub fingerprint: Option<u64>,
+}
+
+/// The one guest of a volume, for what starts its kernel without Vireo.
+#[derive(Debug)]
+pub struct Guest<'a> {
+    /// The kernel.
+    pub kernel: &'a [u8],
+    /// The initial RAM disk.
+    pub initrd: Option<&'a [u8]>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// Number of CPUs.
+    pub vcpus: u32,
 }
 
 impl Volume {
@@ -75,15 +92,17 @@ impl Volume {
             initrd.splice(..0, guest::terminal_overlay(columns, rows, name));
         }
         let mut cmdline = single.cmdline.unwrap_or(guest::CMDLINE).to_owned();
+        let memory = single.memory.unwrap_or(guest::MEMORY);
+        let vcpus = i64::from(single.vcpus.unwrap_or(1));
+        let fingerprint = fingerprint(&(&kernel, &initrd, &cmdline, memory, vcpus));
         if let Some(job) = job {
             cmdline = guest::exec_cmdline(&cmdline);
             initrd = Some(with_job(job, initrd, default_initrd, provisioner)?);
         }
-        let memory = single.memory.unwrap_or(guest::MEMORY);
         let mut vm = Table::new();
         vm.insert("name".into(), "linux".into());
         vm.insert("memory".into(), memory.into());
-        vm.insert("vcpus".into(), i64::from(single.vcpus.unwrap_or(1)).into());
+        vm.insert("vcpus".into(), vcpus.into());
         vm.insert("kernel".into(), "kernel".into());
         vm.insert("cmdline".into(), cmdline.into());
         let mut files = vec![entry("kernel", kernel.unwrap_or_default())];
@@ -96,6 +115,7 @@ impl Volume {
             config: config.to_string(),
             files,
             memory: parse_memory(memory).unwrap_or(ASSUMED),
+            fingerprint: Some(fingerprint),
         })
     }
 
@@ -118,6 +138,7 @@ impl Volume {
         let folder = path.parent().unwrap_or(Path::new(""));
         let mut files: Vec<Entry> = Vec::new();
         let mut memory = 0;
+        let mut only = None;
         let guests = config.get_mut("vm").and_then(Value::as_array_mut);
         for (index, vm) in guests
             .into_iter()
@@ -126,6 +147,12 @@ impl Volume {
             .enumerate()
         {
             memory += vm.get("memory").and_then(memory_of).unwrap_or(ASSUMED);
+            let contents = |key| {
+                let name = vm.get(key)?.as_str()?;
+                paths::read(&folder.join(name)).ok()
+            };
+            only =
+                (index == 0).then(|| fingerprint(&(&text, contents("kernel"), contents("initrd"))));
             if let (0, Some(job)) = (index, job) {
                 let given = vm.get("initrd").and_then(Value::as_str);
                 let given = given
@@ -170,6 +197,36 @@ impl Volume {
             config,
             files,
             memory,
+            fingerprint: only,
+        })
+    }
+
+    /// The guest, where there is just one.
+    ///
+    /// # Errors
+    /// When there are more or none, or it has no kernel.
+    pub fn only_guest(&self) -> Result<Guest<'_>> {
+        let config: Table = self.config.parse()?;
+        let guests = config.get("vm").and_then(Value::as_array);
+        let guests = guests.map_or(&[][..], Vec::as_slice);
+        let [vm] = guests else {
+            bail!(
+                "without Vireo a machine runs one guest, and the configuration has {}",
+                guests.len()
+            );
+        };
+        let file = |key| {
+            let place = format!("{FOLDER}/{}", vm.get(key)?.as_str()?);
+            let file = self.files.iter().find(|file| file.path == place)?;
+            Some(file.contents.as_slice())
+        };
+        let text = vm.get("cmdline").and_then(Value::as_str);
+        let vcpus = vm.get("vcpus").and_then(Value::as_integer).unwrap_or(1);
+        Ok(Guest {
+            kernel: file("kernel").context("the configuration names no kernel")?,
+            initrd: file("initrd"),
+            cmdline: text.unwrap_or_default().to_owned(),
+            vcpus: u32::try_from(vcpus).context("the number of vCPUs is not possible")?,
         })
     }
 
@@ -217,6 +274,12 @@ fn with_job(
     });
     archive.extend(initrd.unwrap_or_default());
     Ok(archive)
+}
+
+fn fingerprint(basis: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    basis.hash(&mut hasher);
+    hasher.finish()
 }
 
 fn memory_of(value: &Value) -> Option<u64> {

@@ -24,7 +24,7 @@ pub struct Bochs {
     pub program: PathBuf,
     /// What it needs in its environment.
     pub environment: Vec<(String, String)>,
-    /// OVMF.
+    /// The firmware, which ends at 4 GiB: OVMF, or Bochs's own BIOS.
     pub firmware: PathBuf,
     /// The VGA BIOS, without which the firmware does not start.
     pub vga_bios: PathBuf,
@@ -33,6 +33,10 @@ pub struct Bochs {
 impl Platform for Bochs {
     fn name(&self) -> &'static str {
         "Bochs"
+    }
+
+    fn counts_instructions(&self) -> bool {
+        true
     }
 
     fn start(&self, config: &MachineConfig) -> Result<Machine> {
@@ -107,7 +111,7 @@ impl Bochs {
         Ok(format!(
             "cpu: model={model}, count={cpus}, ips={ips}, reset_on_triple_fault=0, ignore_bad_msrs=1\n\
              memory: guest={memory}, host={memory}\n\
-             romimage: file={firmware}, address=0xffe00000, options=none\n\
+             romimage: file={firmware}, options=fastboot\n\
              vgaromimage: file={vga_bios}\n\
              pci: enabled=1, chipset=i440fx\n\
              vga: extension=none\n\
@@ -118,7 +122,8 @@ impl Bochs {
              panic: action=fatal\n\
              error: action=report\n\
              info: action=ignore\n\
-             clock: sync=none, time0={TIME}\n",
+             clock: sync=none, time0={TIME}\n\
+             boot: disk\n",
             cpus = config.cpus,
             ips = config.ips,
             memory = config.memory_mib,

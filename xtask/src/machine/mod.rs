@@ -3,10 +3,12 @@
 //! Each platform makes its emulator connect COM1 to a listener of ours, so a
 //! machine is a process and a TCP stream, whatever runs it.
 
+pub mod bare;
 mod bochs;
 mod qemu;
 pub mod rig;
 
+pub use bare::Bare;
 pub use bochs::Bochs;
 pub use qemu::{Qemu, nested_vmx};
 pub use rig::Rig;
@@ -93,6 +95,12 @@ pub fn memory_for(guests: u64) -> u64 {
 pub trait Platform {
     /// Its name for the user.
     fn name(&self) -> &'static str;
+
+    /// Whether the time-stamp counter counts instructions, comparable with
+    /// those on [`Bare`].
+    fn counts_instructions(&self) -> bool {
+        false
+    }
 
     /// Starts a machine. It ends with the thread that started it at the
     /// latest, if the tool `setpriv` is there.
