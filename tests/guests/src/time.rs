@@ -22,6 +22,16 @@ pub fn microseconds(count: u64) -> u64 {
     count * tsc_hz() / 1_000_000
 }
 
+/// Ticks that one VM exit takes: what a machine needs to answer is no mistake of
+/// its clocks, and where the hypervisor is nested it is a lot.
+pub fn exit_cost() -> u64 {
+    (0..8).fold(u64::MAX, |least, _| {
+        let start = rdtsc();
+        core::hint::black_box(cpuid(0, 0));
+        least.min(rdtsc().wrapping_sub(start))
+    })
+}
+
 /// Lets time pass.
 pub fn spin(ticks: u64) {
     let start = rdtsc();
