@@ -94,10 +94,7 @@ extern "C" fn main(handoff: *const Handoff) -> ! {
     };
     info!("VT-x: {}", vmx.controls);
 
-    let failed = monitor::guests::run_all(&boot, vmx);
-    if failed {
-        error!("not every guest ended well");
-    }
+    monitor::guests::run_all(&boot, vmx);
     console::flush();
     power::off_or_halt()
 }

@@ -57,17 +57,13 @@ impl fmt::Display for StartError {
     }
 }
 
-/// Runs every guest to its end; true when one did not start or did not end of its own will.
-pub fn run_all(boot: &BootInfo, vmx: Vmx) -> bool {
-    let mut failed = false;
+/// Runs every guest to its end, and says how each ended or why it did not start.
+pub fn run_all(boot: &BootInfo, vmx: Vmx) {
     let mut guests = Vec::new();
     for config in &boot.config.vm {
         match Loaded::new(boot, config) {
             Ok(guest) => guests.push(guest),
-            Err(reason) => {
-                failed = true;
-                error!("vm {}: {reason}", config.name);
-            }
+            Err(reason) => error!("vm {}: {reason}", config.name),
         }
     }
     // SAFETY: here and only here; what was loaded was copied.
@@ -86,17 +82,10 @@ pub fn run_all(boot: &BootInfo, vmx: Vmx) -> bool {
         });
         loaded -= config.memory;
         match result {
-            Ok(end) => {
-                failed |= !matches!(end, End::PowerOff | End::Reset);
-                info!("vm {}: {end}", config.name);
-            }
-            Err(reason) => {
-                failed = true;
-                error!("vm {}: {reason}", config.name);
-            }
+            Ok(end) => info!("vm {}: {end}", config.name),
+            Err(reason) => error!("vm {}: {reason}", config.name),
         }
     }
-    failed
 }
 
 /// Says what memory is in use, of which `guests` bytes are guests'.

@@ -50,12 +50,44 @@ pub(super) struct Pending {
     interrupted: Option<(InterruptionInfo, u32, u32)>,
     exception: Option<Exception>,
     nmi: bool,
+    /// The I/O APIC has passed the 8259s' INTR on.
+    extint: bool,
+}
+
+/// What an entry injects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Choice {
+    Nothing,
+    /// The event whose delivery an exit interrupted.
+    Again,
+    Exception,
+    Nmi,
+    Interrupt,
 }
 
 const RFLAGS_IF: u64 = 1 << 9;
 const BLOCKED_BY_STI: u32 = 1;
 const BLOCKED_BY_MOV_SS: u32 = 1 << 1;
 const BLOCKED_BY_NMI: u32 = 1 << 3;
+
+impl Pending {
+    /// First what was interrupted, then a fault of the instruction that exited; an NMI
+    /// and an interrupt if the guest takes them now (SDM 3, 7.9 and 25.4.2).
+    fn choose(&self, interrupt: bool, interruptibility: u32, rflags: u64) -> Choice {
+        let shadow = interruptibility & (BLOCKED_BY_STI | BLOCKED_BY_MOV_SS) != 0;
+        if self.interrupted.is_some() {
+            Choice::Again
+        } else if self.exception.is_some() {
+            Choice::Exception
+        } else if self.nmi && !shadow && interruptibility & BLOCKED_BY_NMI == 0 {
+            Choice::Nmi
+        } else if interrupt && !shadow && rflags & RFLAGS_IF != 0 {
+            Choice::Interrupt
+        } else {
+            Choice::Nothing
+        }
+    }
+}
 
 impl Vcpu {
     /// Raises `exception` instead of completing the instruction that exited.
@@ -88,9 +120,12 @@ impl Vcpu {
             .write(guest::INTERRUPTIBILITY, interruptibility | BLOCKED_BY_NMI);
     }
 
-    /// Whether something would wake the guest from HLT.
+    /// Whether something would wake the guest from HLT: a debug trap too, for an HLT
+    /// that was single-stepped.
     pub(super) fn has_wake_event(&self) -> bool {
-        self.pending.nmi || self.vmcs.read(guest::RFLAGS) & RFLAGS_IF != 0 && self.has_interrupt()
+        self.pending.nmi
+            || self.vmcs.read(guest::RFLAGS) & RFLAGS_IF != 0 && self.has_interrupt()
+            || self.vmcs.read(guest::PENDING_DEBUG) != 0
     }
 
     /// Whether the guest waits for an interrupt that it has masked: forever.
@@ -103,7 +138,7 @@ impl Vcpu {
     }
 
     fn has_extint(&self) -> bool {
-        self.apic.lint0_takes_extint() && self.vm.chipset.lock().intr()
+        self.pending.extint || self.apic.lint0_takes_extint() && self.vm.chipset.lock().intr()
     }
 
     /// Sends a message to the local APICs that it names.
@@ -113,23 +148,58 @@ impl Vcpu {
         }
         match self.apic.accept(message) {
             Event::Nmi => self.pending.nmi = true,
-            // ExtINT is looked up at injection; INIT and SIPI to a running boot processor are
-            // for several vCPUs; SMM does not exist.
-            Event::None | Event::ExtInt | Event::Init | Event::StartUp(_) | Event::Smi => {}
+            Event::ExtInt => self.pending.extint = true,
+            // INIT and SIPI to a running boot processor are for several vCPUs; SMM does not exist.
+            Event::None | Event::Init | Event::StartUp(_) | Event::Smi => {}
         }
     }
 
-    /// Chooses what the next entry injects: first what was interrupted, then a
-    /// fault, NMI, interrupt. Asks for a window exit when something has to wait.
+    /// Injects what comes first. Asks for a window exit when something has to wait:
+    /// it must not wait for an exit that may not come.
+    #[inline]
     pub(super) fn inject(&mut self) {
-        if let Some((info, error, length)) = self.pending.interrupted.take() {
-            self.inject_again(info, error, length);
-        } else if let Some(exception) = self.pending.exception.take() {
-            self.inject_exception(exception);
-        } else if self.pending.nmi || self.has_interrupt() {
-            self.inject_waiting();
+        let interrupt = self.has_interrupt();
+        let Pending {
+            interrupted: None,
+            exception: None,
+            nmi: false,
+            ..
+        } = self.pending
+        else {
+            return self.inject_first(interrupt);
+        };
+        if interrupt {
+            self.inject_first(interrupt);
+        } else {
+            self.set_window(false, false);
         }
-        // Whatever was chosen, what still waits must not wait for an exit that may not come.
+    }
+
+    fn inject_first(&mut self, interrupt: bool) {
+        let interruptibility = self.vmcs.read(guest::INTERRUPTIBILITY);
+        let rflags = self.vmcs.read(guest::RFLAGS);
+        match self.pending.choose(interrupt, interruptibility, rflags) {
+            Choice::Again => {
+                if let Some((info, error, length)) = self.pending.interrupted.take() {
+                    self.inject_again(info, error, length);
+                }
+            }
+            Choice::Exception => {
+                if let Some(exception) = self.pending.exception.take() {
+                    self.inject_exception(exception);
+                }
+            }
+            Choice::Nmi => {
+                self.pending.nmi = false;
+                self.inject_event(InterruptionInfo::NMI, 0);
+            }
+            Choice::Interrupt => {
+                if let Some(vector) = self.take_interrupt() {
+                    self.inject_event(InterruptionInfo::interrupt(vector), 0);
+                }
+            }
+            Choice::Nothing => {}
+        }
         let nmi = self.pending.nmi && self.vmx.controls.has_virtual_nmis();
         let interrupt = self.has_interrupt();
         self.set_window(interrupt, nmi);
@@ -150,25 +220,11 @@ impl Vcpu {
         }
     }
 
-    /// An NMI or an interrupt, if the guest can take it now.
-    fn inject_waiting(&mut self) {
-        let interruptibility = self.vmcs.read(guest::INTERRUPTIBILITY);
-        let shadow = interruptibility & (BLOCKED_BY_STI | BLOCKED_BY_MOV_SS) != 0;
-        if self.pending.nmi && !shadow && interruptibility & BLOCKED_BY_NMI == 0 {
-            self.pending.nmi = false;
-            self.inject_event(InterruptionInfo::NMI, 0);
-        } else if !shadow
-            && !self.interrupts_are_off()
-            && let Some(vector) = self.take_interrupt()
-        {
-            self.inject_event(InterruptionInfo::interrupt(vector), 0);
-        }
-    }
-
-    /// The interrupt that the CPU would acknowledge now. The 8259's, through
-    /// LINT0, comes first: it has no priority against the local APIC's.
+    /// The interrupt that the CPU would acknowledge now. The 8259's, through LINT0 or
+    /// the I/O APIC, comes first: it has no priority against the local APIC's.
     fn take_interrupt(&mut self) -> Option<u8> {
         if self.has_extint() {
+            self.pending.extint = false;
             return Some(self.vm.chipset.lock().acknowledge_pic());
         }
         self.apic.acknowledge()
@@ -229,8 +285,12 @@ impl Vcpu {
     #[inline]
     pub(super) fn advance_rip(&mut self, length: u32) {
         let rip = self.vmcs.read(guest::RIP);
-        self.vmcs
-            .write(guest::RIP, rip.wrapping_add(u64::from(length)));
+        let mut next = rip.wrapping_add(u64::from(length));
+        if next >> 32 != rip >> 32 && !self.is_64_bit() {
+            // EIP wraps, and an entry refuses anything above it (SDM 3, 27.3.1.4).
+            next &= 0xffff_ffff;
+        }
+        self.vmcs.write(guest::RIP, next);
         let interruptibility = self.vmcs.read(guest::INTERRUPTIBILITY);
         let shadow = BLOCKED_BY_STI | BLOCKED_BY_MOV_SS;
         if interruptibility & shadow != 0 {
@@ -255,3 +315,6 @@ impl Vcpu {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -66,11 +66,10 @@ impl Vcpu {
         }
         let mut bytes = [0; INSTRUCTION_MAX];
         let rip = self.vmcs.read(guest::RIP);
-        let code_rights = self.vmcs.read(guest::CS_ACCESS_RIGHTS);
-        let long = self.vmcs.read(guest::EFER) & EFER_LMA != 0 && code_rights & RIGHTS_LONG != 0;
+        let long = self.is_64_bit();
         let mode = if long {
             Mode::Bits64
-        } else if code_rights & RIGHTS_DEFAULT_BIG != 0 {
+        } else if self.vmcs.read(guest::CS_ACCESS_RIGHTS) & RIGHTS_DEFAULT_BIG != 0 {
             Mode::Bits32
         } else {
             Mode::Bits16
@@ -118,6 +117,12 @@ impl Vcpu {
                 Ok(())
             }
         }
+    }
+
+    /// Whether the guest executes 64-bit code.
+    pub(super) fn is_64_bit(&self) -> bool {
+        self.vmcs.read(guest::EFER) & EFER_LMA != 0
+            && self.vmcs.read(guest::CS_ACCESS_RIGHTS) & RIGHTS_LONG != 0
     }
 
     fn paging(&self) -> Paging {

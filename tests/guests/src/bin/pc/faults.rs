@@ -3,6 +3,7 @@
 use core::cell::Cell;
 use vireo_test_guests::cpu::{self, rflags};
 use vireo_test_guests::exceptions::{self, Frame, is_gp, is_ud, vector};
+use vireo_test_guests::port::in8;
 use vireo_test_guests::{Shared, check, check_equal, execute};
 
 pub fn check_all() {
@@ -96,4 +97,38 @@ fn single_step() {
     );
     trapped_after!("a step over MMIO", "mov eax, [0xfee00030]");
     trapped_after!("a step over MOV to CR8", "mov cr8, rax");
+    trapped_after!("a step over HLT", "hlt");
+    step_through_repetition();
+}
+
+/// A string instruction with a repeat prefix traps after each iteration.
+fn step_through_repetition() {
+    const SCRATCH: u16 = 0x3ff;
+    COUNT.set(0);
+    exceptions::on(vector::DEBUG, step);
+    let bytes = [1u8, 2, 3];
+    let (mut at, mut after) = (0u64, 0u64);
+    execute!(
+        "lea {at}, [rip + 2f]",
+        "lea {after}, [rip + 3f]",
+        "pushfq",
+        "or qword ptr [rsp], 0x100",
+        "popfq",
+        "2: rep outsb",
+        "3: pushfq",
+        "and qword ptr [rsp], ~0x100",
+        "popfq",
+        at = out(reg) at,
+        after = out(reg) after,
+        inout("rcx") 3u64 => _,
+        inout("rsi") bytes.as_ptr() => _,
+        in("dx") SCRATCH,
+    );
+    exceptions::off(vector::DEBUG);
+    check_equal(
+        "a step through REP OUTS traps at each iteration",
+        (STEPS.at(0), STEPS.at(1), STEPS.at(2)),
+        (at, at, after),
+    );
+    check_equal("REP OUTS sends what is last", in8(SCRATCH), 3);
 }

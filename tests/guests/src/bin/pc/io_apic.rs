@@ -120,9 +120,10 @@ fn through_pin_0() {
     use vireo_test_guests::apic::register::LVT_LINT0;
     let lint0 = apic::read(LVT_LINT0);
     apic::write(LVT_LINT0, lint0 | apic::entry::MASKED);
-    pic::enable(1);
     exceptions::on(PIC_VECTOR, end_pic);
     io_apic::redirect(0, entry::EXTINT);
+    // Not before: an edge of INTR at a masked pin is lost, and this one may come at once.
+    pic::enable(1);
     pit::start(0, 2, COUNT);
     cpu::enable_interrupts();
     let came = time::wait(10 * u64::from(COUNT) * time::tsc_hz() / pit::HZ, || {
