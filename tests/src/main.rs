@@ -8,8 +8,10 @@
 
 #![forbid(unsafe_code)]
 
+mod figures;
 mod harness;
 mod linux;
+mod nested;
 mod refusals;
 
 use harness::Suite;
@@ -17,7 +19,9 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let mut suite = Suite::default();
+    figures::add(&mut suite);
     linux::add(&mut suite);
+    nested::add(&mut suite);
     refusals::add(&mut suite);
     match suite.run() {
         Ok(code) => code,

@@ -17,6 +17,10 @@ const TIME: u64 = 1_767_225_600;
 /// The displays to try: builds have different ones, and none is needed.
 const DISPLAYS: [&str; 2] = ["rfb, options=\"timeout=0\"", "nogui"];
 
+/// The most memory in MiB that Bochs takes from the system at once; it puts
+/// what the machine uses beyond into a file.
+const LARGEST_HOST_MEMORY: u64 = 2048;
+
 /// A Bochs and the firmware for its machines.
 #[derive(Clone, Debug)]
 pub struct Bochs {
@@ -110,7 +114,7 @@ impl Bochs {
         // `sync=none`: HLT skips to the next event, so idle time costs nothing.
         Ok(format!(
             "cpu: model={model}, count={cpus}, ips={ips}, reset_on_triple_fault=0, ignore_bad_msrs=1\n\
-             memory: guest={memory}, host={memory}\n\
+             memory: guest={memory}, host={host}\n\
              romimage: file={firmware}, options=fastboot\n\
              vgaromimage: file={vga_bios}\n\
              pci: enabled=1, chipset=i440fx\n\
@@ -127,6 +131,7 @@ impl Bochs {
             cpus = config.cpus,
             ips = config.ips,
             memory = config.memory_mib,
+            host = config.memory_mib.min(LARGEST_HOST_MEMORY),
             firmware = self.firmware.display(),
             vga_bios = self.vga_bios.display(),
         ))
