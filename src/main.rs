@@ -23,6 +23,8 @@ struct BootStack(core::cell::UnsafeCell<[u8; BOOT_STACK]>);
 // SAFETY: only the boot processor uses it, as its stack.
 unsafe impl Sync for BootStack {}
 
+// `linker.ld` leaves an unmapped page below.
+#[unsafe(link_section = ".boot_stack")]
 static STACK: BootStack = BootStack(core::cell::UnsafeCell::new([0; BOOT_STACK]));
 
 /// Where the loader jumps to, with the handoff in RDI and interrupts off.
@@ -63,6 +65,8 @@ extern "C" fn main(handoff: *const Handoff) -> ! {
         }
     }
     let platform = acpi::init(boot.rsdp);
+    // SAFETY: as above.
+    let off_switch = unsafe { power::init(&boot) };
     // SAFETY: as above; interrupts stay off until `console::start`.
     unsafe {
         if let Err(error) = local_apic::init() {
@@ -80,13 +84,15 @@ extern "C" fn main(handoff: *const Handoff) -> ! {
 
     let (total, free) = memory::counts();
     info!(
-        "{} CPU(s), {} MiB of memory, {} MiB free; TSC {} kHz ({:?})",
+        "{} CPU(s), {} MiB of memory, {} MiB free; TSC {} kHz ({:?}); power-off: {off_switch}",
         boot.cpus.len(),
         total / 256,
         free / 256,
         frequency.hz / 1000,
         frequency.source
     );
+    #[cfg(feature = "selftest")]
+    vireo::host::selftest::run(&boot);
     // SAFETY: the boot processor, once, with interrupts off.
     let vmx = match unsafe { vmx::operation::start() } {
         Ok(vmx) => vmx,
@@ -95,7 +101,6 @@ extern "C" fn main(handoff: *const Handoff) -> ! {
     info!("VT-x: {}", vmx.controls);
 
     monitor::guests::run_all(&boot, vmx);
-    console::flush();
     power::off_or_halt()
 }
 
@@ -117,7 +122,6 @@ unsafe fn boot_info(handoff: *const Handoff) -> Result<BootInfo, &'static str> {
 /// One clear sentence, and the end.
 fn fail(reason: core::fmt::Arguments<'_>) -> ! {
     error!("{reason}");
-    console::flush();
     power::off_or_halt()
 }
 

@@ -3,11 +3,17 @@
 use crate::kernel::PAGE;
 use alloc::vec::Vec;
 use uefi::boot::{self, OpenProtocolAttributes, OpenProtocolParams};
-use uefi::mem::memory_map::{MemoryDescriptor, MemoryMap};
+use uefi::mem::memory_map::{MemoryAttribute, MemoryDescriptor, MemoryMap};
 use uefi::proto::console::gop::{GraphicsOutput, PixelFormat};
 use uefi::proto::pi::mp::MpServices;
 use uefi::table::cfg::ConfigTableEntry;
+use uefi::{Guid, guid};
 use vireo_handoff::{Cpu, Framebuffer, MemoryKind, MemoryRegion};
+
+/// EFI_MEMORY_ATTRIBUTES_TABLE_GUID.
+const MEMORY_ATTRIBUTES_TABLE: Guid = guid!("dcfa911d-26eb-469f-a220-38b7dc461220");
+/// More entries are not looked at.
+const MOST_ATTRIBUTES: u32 = 256;
 
 /// The memory as it is now.
 pub fn memory() -> Option<Vec<MemoryRegion>> {
@@ -81,6 +87,58 @@ pub fn rsdp() -> Option<u64> {
             .find_map(|guid| entries.iter().find(|entry| entry.guid == *guid))
             .map(|entry| entry.address as u64)
     })
+}
+
+/// Physical address of the runtime service ResetSystem.
+pub fn reset_system() -> Option<u64> {
+    let table = uefi::table::system_table_raw()?;
+    // SAFETY: the firmware's tables live as long as the loader.
+    unsafe {
+        let services = table.as_ref().runtime_services.as_ref()?;
+        Some(services.reset_system as usize as u64)
+    }
+}
+
+/// The memory of the runtime services, code apart from data, as the firmware
+/// tells it (UEFI 2.10, 4.6.4); nothing where it does not, or where some of it
+/// is to be written and executed.
+pub fn runtime_memory() -> Vec<MemoryRegion> {
+    let table = uefi::system::with_config_table(|entries| {
+        entries
+            .iter()
+            .find(|entry| entry.guid == MEMORY_ATTRIBUTES_TABLE)
+            .map(|entry| entry.address.cast::<u32>())
+    });
+    let Some(table) = table else {
+        return Vec::new();
+    };
+    // SAFETY: the firmware's table: version, number of entries, bytes of an entry, flags, and
+    // then the entries, each at least a memory descriptor.
+    let (count, size) = unsafe { (table.add(1).read(), table.add(2).read()) };
+    let mut regions = Vec::new();
+    for index in 0..count.min(MOST_ATTRIBUTES) {
+        let offset = 16 + index as usize * size as usize;
+        // SAFETY: as above.
+        let entry = unsafe {
+            table
+                .byte_add(offset)
+                .cast::<MemoryDescriptor>()
+                .read_unaligned()
+        };
+        let kind = if entry.att.contains(MemoryAttribute::EXECUTE_PROTECT) {
+            MemoryKind::RuntimeData
+        } else if entry.att.contains(MemoryAttribute::READ_ONLY) {
+            MemoryKind::RuntimeCode
+        } else {
+            return Vec::new();
+        };
+        regions.push(MemoryRegion {
+            start: entry.phys_start,
+            len: entry.page_count.saturating_mul(PAGE),
+            kind,
+        });
+    }
+    regions
 }
 
 /// The framebuffer in the mode that the firmware has chosen, if its pixels are

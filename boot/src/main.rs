@@ -61,12 +61,16 @@ fn load() -> Result<core::convert::Infallible, String> {
         });
     }
     check_room(&config, &kept, &memory)?;
+    let runtime = machine::runtime_memory();
+    // Without knowing code from data they could be called only in pages that allow everything.
+    let efi_reset_system = machine::reset_system().filter(|_| !runtime.is_empty());
+    kept.extend(runtime);
     let mut regions = Regions::new(kept, REGIONS);
     let mut info = BootInfo {
         memory: Vec::new(),
         cpus: machine::cpus(),
         rsdp: machine::rsdp(),
-        efi_system_table: uefi::table::system_table_raw().map_or(0, |table| table.as_ptr() as u64),
+        efi_reset_system,
         framebuffer: machine::framebuffer(),
         kernel_start: kernel.range.start,
         kernel_len: kernel.range.end - kernel.range.start,

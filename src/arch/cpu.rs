@@ -4,7 +4,7 @@ use crate::addr::Hva;
 use core::arch::asm;
 use x86_64::VirtAddr;
 use x86_64::instructions::{hlt, interrupts, tlb};
-use x86_64::registers::control::{Cr2, Cr3};
+use x86_64::registers::control::{Cr2, Cr3, Cr4, Cr4Flags};
 
 pub use x86_64::instructions::interrupts::{
     are_enabled as interrupts_enabled, disable as disable_interrupts, enable as enable_interrupts,
@@ -32,6 +32,18 @@ pub fn halt_forever() -> ! {
 pub fn wait_for_interrupt() {
     interrupts::enable_and_hlt();
     interrupts::disable();
+}
+
+/// Makes machine checks exceptions, where the CPU has them; without that they
+/// shut it down.
+pub fn enable_machine_checks() {
+    let has_machine_checks = cpuid()
+        .get_feature_info()
+        .is_some_and(|features| features.has_mce());
+    if has_machine_checks {
+        // SAFETY: the CPU has the bit, which changes nothing else.
+        unsafe { Cr4::update(|flags| flags.insert(Cr4Flags::MACHINE_CHECK_EXCEPTION)) };
+    }
 }
 
 /// The time-stamp counter, in ticks. Not serialized.

@@ -218,6 +218,7 @@ pub fn idt_base() -> Hva {
 pub unsafe fn init() {
     // SAFETY: the caller's.
     unsafe { bootstrap().load() };
+    cpu::enable_machine_checks();
 }
 
 /// The bootstrap processor's tables.

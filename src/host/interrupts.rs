@@ -4,7 +4,7 @@
 //! while the hypervisor itself runs, and the VM-exit path, which learns the
 //! vector from the exit (acknowledge interrupt on exit). Both have interrupts off.
 
-use super::local_apic;
+use super::{local_apic, panic};
 use core::mem;
 use core::ptr;
 use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
@@ -61,8 +61,11 @@ pub fn dispatch(vector: u8) {
 
 /// Answers a non-maskable interrupt, whether it arrived here or as a VM exit.
 pub fn nmi() {
-    if super::panic::in_progress() {
+    if panic::elsewhere() {
         crate::arch::cpu::halt_forever();
+    }
+    if panic::here() {
+        return;
     }
     match load(&NMI) {
         Some(handler) => handler(2),

@@ -10,6 +10,7 @@
 //! | [`memory::init`] | frames, mappings; needs the boot information, which needs the heap |
 //! | [`descriptors::guard_stacks`] | guard pages below the interrupt stacks |
 //! | [`acpi::init`] | what the firmware's tables say, or the PC's defaults |
+//! | [`power::init`] | the way off, which a dying machine takes too |
 //! | [`local_apic::init`], [`io_apic::init`] | interrupts |
 //! | [`time::init`], [`time::init_timer`] | the frequency of the time-stamp counter, the local APIC's timer |
 //! | [`console::start`] | the console by interrupt instead of polling |
@@ -23,5 +24,7 @@ pub mod local_apic;
 pub mod memory;
 pub mod panic;
 pub mod power;
+#[cfg(feature = "selftest")]
+pub mod selftest;
 pub mod serial;
 pub mod time;

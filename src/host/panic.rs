@@ -2,7 +2,8 @@
 //!
 //! Whoever comes here may have been interrupted anywhere, so nothing here takes
 //! a lock for granted, allocates, or reads memory that the page tables do not
-//! map. A second panic while the first is reported only halts.
+//! map. A panic or an exception while the first is reported is reported in one
+//! line without what may be broken, and then the machine ends all the same.
 
 use super::descriptors::InterruptFrame;
 use super::memory::paging;
@@ -11,65 +12,109 @@ use crate::addr::Hva;
 use crate::arch::cpu;
 use core::arch::asm;
 use core::fmt::Write;
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Frames in a backtrace.
 const DEPTH: usize = 32;
 
-static IN_PROGRESS: AtomicBool = AtomicBool::new(false);
+/// The local APIC identifier of the CPU that dies, plus 1; 0 while none does.
+static DYING: AtomicU64 = AtomicU64::new(0);
+/// How often that CPU has come here.
+static DEPTHS: AtomicU32 = AtomicU32::new(0);
 
-/// Whether a CPU is dying, so that all others shall stop.
-pub fn in_progress() -> bool {
-    IN_PROGRESS.load(Ordering::Acquire)
+/// How far a dying CPU has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// To be reported with all there is.
+    First,
+    /// The report itself went wrong.
+    Report,
+    /// Even its short form did, or the way off: the next way off is taken.
+    End,
+}
+
+/// Whether another CPU is dying, so that this one shall stop.
+pub fn elsewhere() -> bool {
+    let dying = DYING.load(Ordering::Acquire);
+    dying != 0 && dying != own_mark()
+}
+
+/// Whether this CPU is dying.
+pub fn here() -> bool {
+    DYING.load(Ordering::Acquire) == own_mark()
+}
+
+fn own_mark() -> u64 {
+    u64::from(local_apic::id()) + 1
 }
 
 /// The end of a Rust panic: for the binary's `#[panic_handler]`.
 pub fn panic(info: &core::panic::PanicInfo) -> ! {
-    begin();
     let mut out = serial::Polled;
-    let message = info.message();
-    // Writing to the port does not fail.
-    let _ = match info.location() {
-        Some(place) => writeln!(
-            out,
-            "vireo: panic: {message} at {}:{}",
-            place.file(),
-            place.line()
-        ),
-        None => writeln!(out, "vireo: panic: {message}"),
-    };
-    let (rsp, rbp): (u64, u64);
-    // SAFETY: copies two registers.
-    unsafe {
-        asm!("mov {}, rsp", "mov {}, rbp", out(reg) rsp, out(reg) rbp, options(nomem, nostack, preserves_flags));
+    let stage = begin();
+    if let Some(place) = info.location() {
+        match stage {
+            // Writing to the port does not fail.
+            Stage::First => {
+                let (message, file, line) = (info.message(), place.file(), place.line());
+                let _ = writeln!(out, "vireo: panic: {message} at {file}:{line}");
+            }
+            Stage::Report => {
+                let (file, line) = (place.file(), place.line());
+                let _ = writeln!(
+                    out,
+                    "\nvireo: panic: a panic within the report, at {file}:{line}"
+                );
+            }
+            Stage::End => {}
+        }
     }
-    let _ = writeln!(out, "vireo:   rsp {rsp:016x} rbp {rbp:016x}");
-    backtrace(&mut out, rbp);
-    end()
+    if stage == Stage::First {
+        let (rsp, rbp): (u64, u64);
+        // SAFETY: copies two registers.
+        unsafe {
+            asm!("mov {}, rsp", "mov {}, rbp", out(reg) rsp, out(reg) rbp, options(nomem, nostack, preserves_flags));
+        }
+        let _ = writeln!(out, "vireo:   rsp {rsp:016x} rbp {rbp:016x}");
+        backtrace(&mut out, rbp);
+    }
+    power::off_at_once()
 }
 
 /// The end of an exception in the hypervisor itself.
 pub fn exception(frame: &InterruptFrame, cr2: u64) -> ! {
-    begin();
     let mut out = serial::Polled;
-    report(&mut out, frame, cr2);
-    let _ = writeln!(out, "vireo:   at {:#x}", frame.rip);
-    backtrace(&mut out, frame.rbp);
-    end()
+    match begin() {
+        Stage::First => {
+            report(&mut out, frame, cr2);
+            let _ = writeln!(out, "vireo:   at {:#x}", frame.rip);
+            backtrace(&mut out, frame.rbp);
+        }
+        Stage::Report => {
+            let (name, rip) = (name(frame.vector), frame.rip);
+            let _ = writeln!(out, "\nvireo: panic: {name} within the report, at {rip:#x}");
+        }
+        Stage::End => {}
+    }
+    power::off_at_once()
 }
 
-fn begin() {
+fn begin() -> Stage {
     cpu::disable_interrupts();
-    if IN_PROGRESS.swap(true, Ordering::AcqRel) {
-        // Twice: whatever reports is broken itself, or another CPU reports.
+    let dying = DYING.compare_exchange(0, own_mark(), Ordering::AcqRel, Ordering::Acquire);
+    if dying.is_err() && elsewhere() {
+        // That CPU ends the machine.
         cpu::halt_forever();
     }
-    local_apic::stop_others();
-    console::flush_unless_locked();
-}
-
-fn end() -> ! {
-    power::off_or_halt()
+    match DEPTHS.fetch_add(1, Ordering::AcqRel) {
+        0 => {
+            local_apic::stop_others();
+            console::flush_unless_locked();
+            Stage::First
+        }
+        1 => Stage::Report,
+        _ => Stage::End,
+    }
 }
 
 /// The name that the SDM gives an exception.

@@ -1,15 +1,22 @@
 //! The machine's off switch.
 //!
-//! In this order: what the firmware's tables say (ACPI S5), the power
-//! management block of the two chipsets that emulators show, Bochs's own
-//! port. EFI's ResetSystem is not among them: it would need the firmware's
-//! runtime regions mapped executable again.
+//! ACPI's S5 where the firmware's tables say how; where there are none, or that
+//! does nothing, the firmware's ResetSystem. What is needed is prepared at
+//! boot, because whoever turns the machine off may be dying: nothing here takes
+//! a lock or allocates then, and each way is tried once, so that an exception
+//! on one of them leads to the next.
 
 use super::acpi::{self, SleepRegister};
+use super::memory::paging::{self, FirmwareAccess, MapError};
 use super::{console, serial};
+use crate::addr::Hpa;
 use crate::arch::cpu;
-use crate::arch::port::{inl, inw, outb, outl, outw};
-use core::fmt::Write;
+use crate::arch::port::{inw, outb, outw};
+use core::fmt::{self, Write};
+use core::mem;
+use core::ptr;
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use vireo_handoff::{BootInfo, MemoryKind};
 
 /// PM1 control: sleep enable.
 const SLEEP_ENABLE: u16 = 1 << 13;
@@ -17,38 +24,125 @@ const SLEEP_ENABLE: u16 = 1 << 13;
 const SLEEP_TYPE: u16 = 7 << 10;
 /// PM1 control: the chipset is in ACPI mode.
 const SCI_ENABLE: u16 = 1 << 0;
-const CONFIG_ADDRESS: u16 = 0xcf8;
-const CONFIG_DATA: u16 = 0xcfc;
+/// EfiResetShutdown (UEFI 2.10, 8.5.1).
+const RESET_SHUTDOWN: u32 = 2;
 
-/// Chipset functions whose register 0x40 holds the power-management base, with
-/// their S5 sleep type: vendor and device, device number, function.
-const CHIPSETS: [(u32, u8, u8, u16); 3] = [
-    // PIIX4 behind a 440FX: function 3 of device 1, or of device 7 on real boards. S5 is type 0.
-    (0x7113_8086, 1, 3, 0),
-    (0x7113_8086, 7, 3, 0),
-    // ICH9's LPC bridge, as QEMU's q35 has it. S5 is type 7 on silicon; QEMU takes 0, see `off`.
-    (0x2918_8086, 31, 0, 7),
-];
+/// ResetSystem: type, status, size of the data, data.
+type ResetSystem = unsafe extern "efiapi" fn(u32, usize, usize, *const u8);
 
-/// Configuration mechanism 1: the address of a doubleword on bus 0.
-const fn config_address(device: u8, function: u8, register: u8) -> u32 {
-    1 << 31 | (device as u32 & 0x1f) << 11 | (function as u32 & 7) << 8 | register as u32 & 0xfc
+/// Where the firmware's ResetSystem is mapped, 0 when it is not.
+static RESET_SYSTEM: AtomicU64 = AtomicU64::new(0);
+/// The ways that were tried.
+static TRIED: AtomicU32 = AtomicU32::new(0);
+
+/// How the machine is turned off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OffSwitch {
+    /// ACPI's S5, by this port of PM1 control.
+    Acpi(u16),
+    /// The firmware's ResetSystem.
+    Firmware,
+    /// None is known.
+    None,
 }
 
-fn config_read(device: u8, function: u8, register: u8) -> u32 {
-    // SAFETY: configuration reads of bus 0 have no side effect at these registers.
-    unsafe {
-        outl(CONFIG_ADDRESS, config_address(device, function, register));
-        inl(CONFIG_DATA)
+impl fmt::Display for OffSwitch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Acpi(port) => write!(f, "ACPI S5 (port {port:#x})"),
+            Self::Firmware => f.write_str("the firmware's ResetSystem"),
+            Self::None => f.write_str("none, the machine will halt"),
+        }
     }
 }
 
-/// The PM1a control port, from register 0x40; `None` where the block is off.
-const fn control_port(base: u32) -> Option<u16> {
-    match base as u16 & 0xffc0 {
-        0 | 0xffc0 => None,
-        base => Some(base + 4),
+/// Prepares the ways off; the one that will be tried first. After `acpi::init`.
+///
+/// The runtime services are called as the firmware left them, so their memory
+/// is mapped where it is, code not writable and everything else not executable
+/// (UEFI 2.10, 2.3.4 and 8).
+///
+/// # Safety
+/// Once; `info` is what the loader handed over.
+pub unsafe fn init(info: &BootInfo) -> OffSwitch {
+    if let Some(function) = info.efi_reset_system {
+        // SAFETY: the caller's.
+        match unsafe { map_runtime_services(info) } {
+            Ok(()) => RESET_SYSTEM.store(function, Ordering::Release),
+            Err(error) => {
+                log::warn!("the firmware's runtime services cannot be mapped: {error:?}");
+            }
+        }
     }
+    match acpi::sleep_register() {
+        Some(register) => OffSwitch::Acpi(register.pm1a),
+        None if RESET_SYSTEM.load(Ordering::Acquire) != 0 => OffSwitch::Firmware,
+        None => OffSwitch::None,
+    }
+}
+
+/// # Safety
+/// As for [`init`].
+unsafe fn map_runtime_services(info: &BootInfo) -> Result<(), MapError> {
+    for region in &info.memory {
+        let access = match region.kind {
+            MemoryKind::RuntimeCode => FirmwareAccess::Code,
+            MemoryKind::RuntimeData | MemoryKind::AcpiNvs => FirmwareAccess::Data,
+            MemoryKind::Mmio => FirmwareAccess::Device,
+            _ => continue,
+        };
+        // SAFETY: the firmware's own memory, which nothing of ours lies in.
+        unsafe { paging::map_firmware(Hpa(region.start), region.len, access)? };
+    }
+    Ok(())
+}
+
+/// Turns the machine off; when nothing does, says so and halts.
+pub fn off_or_halt() -> ! {
+    cpu::disable_interrupts();
+    console::flush_unless_locked();
+    off_at_once()
+}
+
+/// [`off_or_halt`] without what the console has queued. Called again by the
+/// handler of an exception on the way, it goes on with the next way.
+pub fn off_at_once() -> ! {
+    cpu::disable_interrupts();
+    serial::wait_until_sent();
+    let ways: [fn(); 3] = [by_acpi, by_firmware, say_that_it_stays_on];
+    while let Some(way) = ways.get(TRIED.fetch_add(1, Ordering::AcqRel) as usize) {
+        way();
+    }
+    cpu::halt_forever()
+}
+
+fn say_that_it_stays_on() {
+    // Writing to the port does not fail.
+    let _ = writeln!(
+        serial::Polled,
+        "vireo: the machine has no off switch that works: halted"
+    );
+}
+
+fn by_acpi() {
+    let Some(SleepRegister {
+        pm1a,
+        pm1b,
+        type_a,
+        type_b,
+        enable,
+    }) = acpi::sleep_register()
+    else {
+        return;
+    };
+    if let Some((command, value)) = enable {
+        enter_acpi_mode(pm1a, command, value);
+    }
+    if let Some(port) = pm1b {
+        sleep(port, type_b);
+    }
+    sleep(pm1a, type_a);
+    settle();
 }
 
 fn sleep(port: u16, kind: u16) {
@@ -59,53 +153,18 @@ fn sleep(port: u16, kind: u16) {
     }
 }
 
-/// Turns the machine off; when nothing does, says so and halts.
-pub fn off_or_halt() -> ! {
-    cpu::disable_interrupts();
-    console::flush_unless_locked();
-    off();
-    let _ = writeln!(
-        serial::Polled,
-        "vireo: the machine has no off switch that is known here: halted"
-    );
-    cpu::halt_forever()
-}
-
-fn off() {
-    if let Some(SleepRegister {
-        pm1a,
-        pm1b,
-        type_a,
-        type_b,
-        enable,
-    }) = acpi::sleep_register()
-    {
-        if let Some((command, value)) = enable {
-            enter_acpi_mode(pm1a, command, value);
-        }
-        if let Some(port) = pm1b {
-            sleep(port, type_b);
-        }
-        sleep(pm1a, type_a);
-        settle();
+fn by_firmware() {
+    let function = RESET_SYSTEM.load(Ordering::Acquire);
+    if function == 0 {
+        return;
     }
-    for (identity, device, function, kind) in CHIPSETS {
-        if config_read(device, function, 0) != identity {
-            continue;
-        }
-        if let Some(port) = control_port(config_read(device, function, 0x40)) {
-            sleep(port, kind);
-            settle();
-            // QEMU's ICH9 has S5 as type 0.
-            sleep(port, 0);
-            settle();
-        }
+    // SAFETY: the address of ResetSystem in the firmware's table, whose code and data `init` has
+    // mapped where they are; interrupts are off, and this stack has more than the 4 KiB that
+    // runtime services may use.
+    unsafe {
+        let reset_system: ResetSystem = mem::transmute::<u64, ResetSystem>(function);
+        reset_system(RESET_SHUTDOWN, 0, 0, ptr::null());
     }
-    for byte in *b"Shutdown" {
-        // SAFETY: Bochs ends at this string; elsewhere nobody decodes the port.
-        unsafe { outb(0x8900, byte) };
-    }
-    settle();
 }
 
 /// Asks the firmware for ACPI mode, without which some chipsets ignore a sleep type.
@@ -127,24 +186,5 @@ fn enter_acpi_mode(pm1a: u16, command: u16, value: u8) {
 fn settle() {
     for _ in 0..1_000_000 {
         core::hint::spin_loop();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn configuration_addresses_are_mechanism_1() {
-        assert_eq!(config_address(1, 3, 0x40), 0x8000_0b40);
-        assert_eq!(config_address(31, 0, 0), 0x8000_f800);
-    }
-
-    #[test]
-    fn the_power_management_base_is_masked() {
-        assert_eq!(control_port(0xb001), Some(0xb004));
-        assert_eq!(control_port(0x0000_0601), Some(0x604));
-        assert_eq!(control_port(1), None);
-        assert_eq!(control_port(u32::MAX), None);
     }
 }

@@ -53,6 +53,19 @@ pub struct Built {
 /// When something does not compile, or the kernel breaks a rule of
 /// [`inspect`].
 pub fn all() -> Result<Built> {
+    hypervisor(&output_folder(), "bare")
+}
+
+/// As [`all`], with a kernel that dies on demand (`src/host/selftest.rs`), in
+/// an output folder of its own.
+///
+/// # Errors
+/// As [`all`].
+pub fn selftest() -> Result<Built> {
+    hypervisor(&paths::target().join("selftest"), "bare,selftest")
+}
+
+fn hypervisor(folder: &Path, features: &str) -> Result<Built> {
     let root = paths::root();
     let script = format!("-Clink-arg=-T{}", root.join("linker.ld").display());
     let flags = [
@@ -64,13 +77,45 @@ pub fn all() -> Result<Built> {
         "-Clink-arg=-no-pie",
         &script,
     ];
-    let kernel = cargo("vireo", "vireo", &["--features", "bare"], &flags, &[])?;
+    let kernel = Program {
+        folder,
+        package: "vireo",
+        name: "vireo",
+    }
+    .build(&["--features", features], &flags, &[])?;
     let size = inspect::kernel(&paths::read(&kernel)?)?;
     eprintln!(
         "kernel: {} KiB, no FPU, MMX, SSE or AVX instruction",
         size.div_ceil(1024)
     );
+    let program = Program {
+        folder,
+        package: "vireo-boot",
+        name: "vireo-boot",
+    };
+    let loader = efi_application(&program, &[("VIREO_KERNEL", &kernel)], "BOOTX64.EFI")?;
+    Ok(Built {
+        kernel,
+        loader,
+        size,
+    })
+}
 
+/// Builds the EFI application that locks VT-x off and starts the loader.
+///
+/// # Errors
+/// When it does not compile.
+pub fn locking_firmware() -> Result<PathBuf> {
+    let program = Program {
+        folder: &output_folder(),
+        package: "vireo-test-firmware",
+        name: "vmx-locked-off",
+    };
+    efi_application(&program, &[], "LOCK.EFI")
+}
+
+/// Builds a program and makes an EFI application of it, called `file`.
+fn efi_application(program: &Program, env: &[(&str, &Path)], file: &str) -> Result<PathBuf> {
     let flags = [
         "-Crelocation-model=pic",
         "-Clink-arg=-static-pie",
@@ -78,23 +123,13 @@ pub fn all() -> Result<Built> {
         "-Clink-arg=-Wl,-e,efi_main",
         "-Clink-arg=-Wl,-z,norelro",
     ];
-    let elf = cargo(
-        "vireo-boot",
-        "vireo-boot",
-        &["--features", "bare"],
-        &flags,
-        &[("VIREO_KERNEL", &kernel)],
-    )?;
-    let application =
-        pe::convert(&paths::read(&elf)?).context("cannot make an EFI application of the loader")?;
-    let loader = output_folder().join("BOOTX64.EFI");
-    std::fs::write(&loader, application)
-        .with_context(|| format!("cannot write {}", loader.display()))?;
-    Ok(Built {
-        kernel,
-        loader,
-        size,
-    })
+    let elf = program.build(&["--features", "bare"], &flags, env)?;
+    let application = pe::convert(&paths::read(&elf)?)
+        .with_context(|| format!("cannot make an EFI application of {}", program.name))?;
+    let path = program.folder.join(file);
+    std::fs::write(&path, application)
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
 }
 
 /// The small guests: the programs in `tests/guests`.
@@ -116,13 +151,12 @@ pub fn guest(name: &str) -> Result<PathBuf> {
         "-Clink-arg=-no-pie",
         &script,
     ];
-    cargo(
-        "vireo-test-guests",
+    let program = Program {
+        folder: &output_folder(),
+        package: "vireo-test-guests",
         name,
-        &["--features", "bare"],
-        &flags,
-        &[],
-    )
+    };
+    program.build(&["--features", "bare"], &flags, &[])
 }
 
 /// Builds the first process of guests with a job, a static Linux program.
@@ -136,76 +170,90 @@ pub fn stopwatch() -> Result<PathBuf> {
         "-Clink-arg=-no-pie",
         "-Cstrip=symbols",
     ];
-    cargo("vireo-stopwatch", "stopwatch", &[], &flags, &[])
+    let program = Program {
+        folder: &output_folder(),
+        package: "vireo-stopwatch",
+        name: "stopwatch",
+    };
+    program.build(&[], &flags, &[])
 }
 
 fn output_folder() -> PathBuf {
     paths::target().join("bare")
 }
 
-/// Builds one program and returns where it is.
-fn cargo(
-    package: &str,
-    bin: &str,
-    options: &[&str],
-    flags: &[&str],
-    env: &[(&str, &Path)],
-) -> Result<PathBuf> {
-    let flags: Vec<&str> = FREESTANDING.iter().chain(flags).copied().collect();
-    let terminal = std::io::stderr().is_terminal();
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command
-        .current_dir(paths::root())
-        .args([
-            "build",
-            "--release",
-            "--target",
-            TARGET,
-            "--package",
+/// A program to build.
+struct Program<'a> {
+    /// Cargo's target directory for it.
+    folder: &'a Path,
+    package: &'a str,
+    name: &'a str,
+}
+
+impl Program<'_> {
+    /// Builds it and returns where it is.
+    fn build(&self, options: &[&str], flags: &[&str], env: &[(&str, &Path)]) -> Result<PathBuf> {
+        let Self {
+            folder,
             package,
-            "--bin",
-            bin,
-        ])
-        .args(options)
-        .arg("--target-dir")
-        .arg(output_folder())
-        .arg(if terminal {
-            "--message-format=json-diagnostic-rendered-ansi"
-        } else {
-            "--message-format=json"
-        })
-        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
-        .env_remove("RUSTFLAGS")
-        .envs(env.iter().copied())
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped());
-    if !terminal {
-        command.arg("--quiet");
-    }
-    let mut child = command.spawn().context("cannot start cargo")?;
-    let output = child.stdout.take().context("cargo has no output")?;
-    let mut program = None;
-    for line in BufReader::new(output).lines() {
-        let message: Value = serde_json::from_str(&line?).unwrap_or_default();
-        match message["reason"].as_str() {
-            Some("compiler-message") => show(&message["message"]),
-            Some("compiler-artifact") if message["target"]["name"] == bin => {
-                program = message["executable"]
-                    .as_str()
-                    .map(PathBuf::from)
-                    .or(program);
-            }
-            _ => {}
+            name,
+        } = *self;
+        let flags: Vec<&str> = FREESTANDING.iter().chain(flags).copied().collect();
+        let terminal = std::io::stderr().is_terminal();
+        let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        command
+            .current_dir(paths::root())
+            .args([
+                "build",
+                "--release",
+                "--target",
+                TARGET,
+                "--package",
+                package,
+                "--bin",
+                name,
+            ])
+            .args(options)
+            .arg("--target-dir")
+            .arg(folder)
+            .arg(if terminal {
+                "--message-format=json-diagnostic-rendered-ansi"
+            } else {
+                "--message-format=json"
+            })
+            .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
+            .env_remove("RUSTFLAGS")
+            .envs(env.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
+        if !terminal {
+            command.arg("--quiet");
         }
+        let mut child = command.spawn().context("cannot start cargo")?;
+        let output = child.stdout.take().context("cargo has no output")?;
+        let mut program = None;
+        for line in BufReader::new(output).lines() {
+            let message: Value = serde_json::from_str(&line?).unwrap_or_default();
+            match message["reason"].as_str() {
+                Some("compiler-message") => show(&message["message"]),
+                Some("compiler-artifact") if message["target"]["name"] == name => {
+                    program = message["executable"]
+                        .as_str()
+                        .map(PathBuf::from)
+                        .or(program);
+                }
+                _ => {}
+            }
+        }
+        ensure!(
+            child.wait()?.success(),
+            "{package} does not build: see the messages above"
+        );
+        let Some(program) = program else {
+            bail!("cargo has built {package} but names no program {name}")
+        };
+        Ok(program)
     }
-    ensure!(
-        child.wait()?.success(),
-        "{package} does not build: see the messages above"
-    );
-    let Some(program) = program else {
-        bail!("cargo has built {package} but names no program {bin}")
-    };
-    Ok(program)
 }
 
 /// Prints a diagnostic, unless it is the one that the flags cause.

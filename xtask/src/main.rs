@@ -24,6 +24,9 @@ enum Command {
         /// Build the small guests of the integration tests too
         #[arg(long)]
         guests: bool,
+        /// Build a kernel that dies on demand, for the integration tests, into target/selftest
+        #[arg(long)]
+        selftest: bool,
     },
     /// Make a disk image to write to a USB stick
     Image {
@@ -57,8 +60,12 @@ fn main() -> ExitCode {
 
 fn execute(command: Command) -> Result<u8> {
     match command {
-        Command::Build { guests } => {
-            let built = xtask::build::all()?;
+        Command::Build { guests, selftest } => {
+            let built = if selftest {
+                xtask::build::selftest()?
+            } else {
+                xtask::build::all()?
+            };
             println!("{}", built.loader.display());
             if guests {
                 for name in xtask::build::GUESTS {

@@ -59,8 +59,9 @@ pub struct BootInfo {
     pub cpus: Vec<Cpu>,
     /// Physical address of the ACPI root pointer, where the firmware has one.
     pub rsdp: Option<u64>,
-    /// Physical address of the EFI system table (for ResetSystem).
-    pub efi_system_table: u64,
+    /// Physical address of the EFI runtime service ResetSystem, where the regions
+    /// of kind RuntimeCode and RuntimeData are all that it executes and writes.
+    pub efi_reset_system: Option<u64>,
     /// The linear framebuffer, where there is one.
     pub framebuffer: Option<Framebuffer>,
     /// Physical address of the kernel's first page; the kernel is contiguous

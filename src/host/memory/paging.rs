@@ -21,6 +21,9 @@ const LARGE: u64 = 1 << 7;
 const NO_EXECUTE: u64 = 1 << 63;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
+/// Addresses below are canonical without a sign.
+const LOWER_HALF: u64 = 1 << 47;
+
 /// Ordinary data: write-back, never executable.
 const DATA: u64 = PRESENT | WRITABLE | NO_EXECUTE;
 /// Device registers: PAT entry 3, which is UC at reset and for every firmware.
@@ -189,6 +192,58 @@ impl<M: TableMemory> Dynamic<M> {
     }
 }
 
+/// One mapped page, for those who check.
+#[cfg(any(test, feature = "selftest"))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Page {
+    pub virt: Hva,
+    pub phys: Hpa,
+    /// Bytes: 4 KiB, 2 MiB or 1 GiB.
+    pub len: u64,
+    pub writable: bool,
+    pub executable: bool,
+}
+
+#[cfg(any(test, feature = "selftest"))]
+impl<M: TableMemory> PageTables<M> {
+    /// Visits every page that is mapped. Tables allow everything, pages decide.
+    fn for_each_page(&self, visit: &mut dyn FnMut(Page)) {
+        self.visit(self.root, 4, 0, visit);
+    }
+
+    fn visit(&self, table: Hpa, level: u32, base: u64, visit: &mut dyn FnMut(Page)) {
+        let size = PAGE_SIZE << (9 * (level - 1));
+        for index in 0..512 {
+            let entry = self.memory.read(table, index);
+            if entry & PRESENT == 0 {
+                continue;
+            }
+            let virt = base + index as u64 * size;
+            if level > 1 && (level == 4 || entry & LARGE == 0) {
+                self.visit(Hpa(entry & ADDRESS), level - 1, virt, visit);
+            } else {
+                visit(Page {
+                    virt: Hva(((virt << 16) as i64 >> 16) as u64),
+                    phys: Hpa(entry & ADDRESS & !(size - 1)),
+                    len: size,
+                    writable: entry & WRITABLE != 0,
+                    executable: entry & NO_EXECUTE == 0,
+                });
+            }
+        }
+    }
+}
+
+/// Visits every page that the running CPU's tables map.
+#[cfg(feature = "selftest")]
+pub fn for_each_page(mut visit: impl FnMut(Page)) {
+    let tables = PageTables {
+        root: cpu::page_table_root(),
+        memory: DirectMap,
+    };
+    tables.for_each_page(&mut visit);
+}
+
 static DYNAMIC: Mutex<Option<Dynamic<DirectMap>>> = Mutex::new(None);
 
 /// Where the kernel's image lies physically.
@@ -277,6 +332,43 @@ pub fn map_device(start: Hpa, len: u64) -> Result<Hva, MapError> {
         DEVICE,
     )?;
     Ok(Hva(base.0 + offset))
+}
+
+/// What the firmware does with memory of its own that is mapped where it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FirmwareAccess {
+    /// Executes it.
+    Code,
+    /// Reads and writes it.
+    Data,
+    /// Reads and writes registers there.
+    Device,
+}
+
+/// Maps the `len` bytes of the firmware at `start` where they are, which is in
+/// the lower half of the address space.
+///
+/// # Errors
+/// When frames for page tables run out, or something is mapped there.
+///
+/// # Safety
+/// The memory must be the firmware's, and nothing of ours lie in it.
+pub unsafe fn map_firmware(start: Hpa, len: u64, access: FirmwareAccess) -> Result<(), MapError> {
+    let flags = match access {
+        FirmwareAccess::Code => PRESENT,
+        FirmwareAccess::Data => DATA,
+        FirmwareAccess::Device => DEVICE,
+    };
+    let mut dynamic = DYNAMIC.lock();
+    let tables = &mut dynamic.as_mut().ok_or(MapError::OutOfMemory)?.tables;
+    let end = start
+        .checked_add(len)
+        .filter(|end| end.0 <= LOWER_HALF)
+        .ok_or(MapError::OutOfAddresses)?;
+    for page in (start.0..end.0).step_by(PAGE_SIZE as usize) {
+        tables.map(Hva(page), Hpa(page), flags)?;
+    }
+    Ok(())
 }
 
 /// Unmaps one page of the dynamic area; the frame behind it.

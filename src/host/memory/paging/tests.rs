@@ -184,3 +184,35 @@ fn the_direct_map_is_its_own_inverse() {
         Some(Hpa(0x12_3456_7000))
     );
 }
+
+#[test]
+fn every_mapped_page_is_visited_with_what_it_allows() {
+    let mut tables = tables();
+    tables
+        .map(Hva(layout::KERNEL), Hpa(0x7000), PRESENT)
+        .unwrap();
+    tables.map(Hva(0x5000), Hpa(0x5000), DATA).unwrap();
+    let large = Hva(layout::DIRECT_MAP + (6 << 20));
+    tables.map(large, Hpa(0), DATA).unwrap();
+    let (table, slot, _) = tables.memory.journal[tables.memory.journal.len() - 2];
+    tables
+        .memory
+        .write(Hpa(table), slot, 6 << 20 | LARGE | DATA);
+    let mut pages = Vec::new();
+    tables.for_each_page(&mut |page| pages.push(page));
+    let page = |virt, phys, len, writable| Page {
+        virt,
+        phys: Hpa(phys),
+        len,
+        writable,
+        executable: !writable,
+    };
+    assert_eq!(
+        pages,
+        [
+            page(Hva(0x5000), 0x5000, 4096, true),
+            page(large, 6 << 20, 2 << 20, true),
+            page(Hva(layout::KERNEL), 0x7000, 4096, false),
+        ]
+    );
+}
