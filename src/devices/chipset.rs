@@ -176,6 +176,12 @@ impl Chipset {
         self.interrupts.take_message()
     }
 
+    /// Whether there is one.
+    #[inline]
+    pub const fn has_message(&self) -> bool {
+        self.interrupts.has_message()
+    }
+
     /// INTR: the 8259s have an interrupt.
     #[inline]
     pub const fn intr(&self) -> bool {

@@ -159,6 +159,12 @@ impl IoApic {
         }
     }
 
+    /// Whether a pin may have a message to the local APICs.
+    #[inline]
+    pub const fn has_message(&self) -> bool {
+        self.waiting != 0
+    }
+
     /// The next message to the local APICs, lowest pin first.
     #[inline]
     pub fn take_message(&mut self) -> Option<Message> {

@@ -143,6 +143,7 @@ impl Vcpu {
             return Err(Exception::GeneralProtection);
         }
         self.apic.set_cr8(value as u8);
+        self.look_at_apic();
         Ok(())
     }
 

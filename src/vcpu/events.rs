@@ -1,7 +1,7 @@
 //! Injection: what is delivered to the guest at the next entry, and in which
 //! order (SDM 3, 7.9 and 27.6).
 
-use super::Vcpu;
+use super::{Attention, Vcpu};
 use crate::devices::Message;
 use crate::devices::local_apic::Event;
 use crate::vmx::exit::InterruptionInfo;
@@ -98,6 +98,7 @@ impl Vcpu {
             rip: self.vmcs.read(guest::RIP),
         });
         self.pending.exception = Some(exception);
+        self.attention |= Attention::EVENTS;
     }
 
     /// Remembers an event whose delivery this exit interrupted (SDM 3, 25.9.3); false
@@ -108,6 +109,7 @@ impl Vcpu {
             let error = self.vmcs.read(information::IDT_VECTORING_ERROR_CODE);
             let length = self.vmcs.read(information::INSTRUCTION_LENGTH);
             self.pending.interrupted = Some((info, error, length));
+            self.attention |= Attention::EVENTS;
         }
         info.is_valid()
     }
@@ -133,7 +135,7 @@ impl Vcpu {
         self.vmcs.read(guest::RFLAGS) & RFLAGS_IF == 0
     }
 
-    fn has_interrupt(&self) -> bool {
+    pub(super) fn has_interrupt(&self) -> bool {
         self.apic.pending().is_some() || self.has_extint()
     }
 
@@ -146,6 +148,7 @@ impl Vcpu {
         if !self.apic.is_destination(message.destination, from_self) {
             return;
         }
+        self.attention |= Attention::EVENTS;
         match self.apic.accept(message) {
             Event::Nmi => self.pending.nmi = true,
             Event::ExtInt => self.pending.extint = true,
@@ -203,6 +206,10 @@ impl Vcpu {
         let nmi = self.pending.nmi && self.vmx.controls.has_virtual_nmis();
         let interrupt = self.has_interrupt();
         self.set_window(interrupt, nmi);
+        if self.pending.nmi && !nmi {
+            // No window will say when it can be taken: every exit is a chance.
+            self.attention |= Attention::EVENTS;
+        }
     }
 
     /// Goes on with a delivery that an exit interrupted.

@@ -2,7 +2,7 @@
 
 use super::events::Exception;
 use super::run::End;
-use super::{Leave, Vcpu};
+use super::{Attention, Leave, Vcpu};
 use crate::addr::Gva;
 use crate::arch::registers::GeneralRegisters;
 use crate::host::interrupts;
@@ -15,23 +15,23 @@ const NO_SUCH_HYPERCALL: u64 = -1000i64 as u64;
 
 impl Guest for Vcpu {
     fn exit(&mut self, registers: &mut GeneralRegisters) -> Next {
-        let exit = Exit::decode(&self.vmcs);
-        let reason = self.vmcs.read(information::EXIT_REASON) as u16;
-        if let Some(count) = self.counts.get_mut(usize::from(reason)) {
+        let reason = self.vmcs.read(information::EXIT_REASON);
+        if let Some(count) = self.counts.get_mut(usize::from(reason as u16)) {
             *count += 1;
         }
-        if let Err(exception) = self.answer(exit, registers) {
+        if let Err(exception) = self.answer(Exit::decode(reason, &self.vmcs), registers) {
             self.raise(exception);
         }
-        if self.leave.is_some() {
-            return Next::Leave;
+        if !self.attention.is_empty() {
+            return self.attend();
         }
-        self.prepare_entry();
+        self.correct_timer();
         Next::Resume
     }
 }
 
 impl Vcpu {
+    #[inline(always)]
     fn answer(&mut self, exit: Exit, registers: &mut GeneralRegisters) -> Result<(), Exception> {
         match exit {
             Exit::Cpuid => {
@@ -51,20 +51,23 @@ impl Vcpu {
             Exit::EptViolation(violation) => self.ept_violation(violation, registers)?,
             Exit::Hlt => {
                 self.skip_instruction();
-                self.leave = Some(Leave::Halt);
+                self.leave(Leave::Halt);
             }
             Exit::Xsetbv => self.xsetbv(registers)?,
             Exit::Vmcall => {
                 registers.rax = NO_SUCH_HYPERCALL;
                 self.skip_instruction();
             }
-            Exit::ExternalInterrupt(vector) => interrupts::dispatch(vector),
+            Exit::ExternalInterrupt(vector) => {
+                interrupts::dispatch(vector);
+                // Its timer, the console, or nothing: cheaper to look than to know.
+                self.attention |= Attention::DEVICES | Attention::CONSOLE;
+            }
             Exit::ExceptionOrNmi(info) => self.exception_or_nmi(info),
-            // Reached: `prepare_entry` does what they were waited for.
-            Exit::PreemptionTimer
-            | Exit::InterruptWindow
-            | Exit::NmiWindow
-            | Exit::TprBelowThreshold => {}
+            Exit::PreemptionTimer => self.attention |= Attention::DEVICES | Attention::CONSOLE,
+            Exit::InterruptWindow | Exit::NmiWindow | Exit::TprBelowThreshold => {
+                self.attention |= Attention::EVENTS;
+            }
             // Caches are the host's: no device of the guest reads memory behind them.
             Exit::CacheInvalidation | Exit::Pause | Exit::Invlpg => self.skip_instruction(),
             // The guest has no performance counters.

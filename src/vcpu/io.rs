@@ -1,8 +1,8 @@
 //! Port I/O.
 
-use super::Vcpu;
 use super::events::Exception;
 use super::run::End;
+use super::{Attention, Vcpu};
 use crate::addr::Gva;
 use crate::arch::registers::GeneralRegisters;
 use crate::devices::{Width, chipset::Request, pc};
@@ -94,19 +94,23 @@ impl Vcpu {
 
     fn port_in(&mut self, port: u16, width: Width) -> u32 {
         let now = self.now();
-        self.vm.chipset.lock().port_read(now, port, width)
+        if port == pc::COM1 && self.console_input.is_some() {
+            // The receiver has room again.
+            self.attention |= Attention::CONSOLE;
+        }
+        self.with_chipset(|chipset| chipset.port_read(now, port, width))
     }
 
     fn port_out(&mut self, port: u16, width: Width, value: u32) {
         let now = self.now();
-        let request = self.vm.chipset.lock().port_write(now, port, width, value);
+        let request = self.with_chipset(|chipset| chipset.port_write(now, port, width, value));
         match request {
             None => {}
             Some(Request::PowerOff) => self.end(End::PowerOff),
             Some(Request::Reset) => self.end(End::Reset),
         }
         if (pc::COM1..pc::COM1 + 8).contains(&port) {
-            self.pump_console();
+            self.attention |= Attention::CONSOLE;
         }
     }
 

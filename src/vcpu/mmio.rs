@@ -206,7 +206,7 @@ impl Vcpu {
         let offset = gpa.offset_in(PAGE_SIZE);
         match self.device_at(gpa) {
             Device::LocalApic => self.apic.mmio_read(now, offset, width),
-            Device::IoApic => self.vm.chipset.lock().io_apic_read(now, offset, width),
+            Device::IoApic => self.with_chipset(|chipset| chipset.io_apic_read(now, offset, width)),
             Device::Nothing => width.mask(),
         }
     }
@@ -219,11 +219,9 @@ impl Vcpu {
                 let action = self.apic.mmio_write(now, offset, width, value);
                 self.act(action);
             }
-            Device::IoApic => self
-                .vm
-                .chipset
-                .lock()
-                .io_apic_write(now, offset, width, value),
+            Device::IoApic => {
+                self.with_chipset(|chipset| chipset.io_apic_write(now, offset, width, value));
+            }
             Device::Nothing => {}
         }
     }
@@ -244,8 +242,9 @@ impl Vcpu {
         match action {
             None => {}
             Some(Action::Send(message)) => self.deliver(message, true),
-            Some(Action::BroadcastEoi(vector)) => self.vm.chipset.lock().eoi(vector),
+            Some(Action::BroadcastEoi(vector)) => self.with_chipset(|chipset| chipset.eoi(vector)),
         }
+        self.look_at_apic();
     }
 }
 

@@ -6,6 +6,7 @@
 //! [`mmio`], [`model_specific`]. Policy is plain logic that knows neither VT-x
 //! nor the host: [`cpuid`], [`msr`], [`pvclock`], [`walk`], [`emulate`].
 
+mod attention;
 pub mod control_registers;
 pub mod cpuid;
 pub mod emulate;
@@ -18,6 +19,7 @@ pub mod msr;
 pub mod pvclock;
 pub mod run;
 pub mod state;
+mod timer;
 pub mod tsc;
 pub mod walk;
 
@@ -29,6 +31,7 @@ use crate::vmx::vmcs::Vmcs;
 use crate::vmx::vpid::Vpid;
 use alloc::boxed::Box;
 use alloc::sync::Arc;
+use attention::Attention;
 use cpuid::CpuidTable;
 use events::{Pending, Raised};
 use msr::Msrs;
@@ -63,7 +66,9 @@ pub struct Vcpu {
     cr4_allowed: u64,
     /// A byte of console input that the guest's receiver had no room for.
     console_input: Option<u8>,
-    /// Set when the guest is to be left; the run loop looks why.
+    attention: Attention,
+    timer: timer::EntryTimer,
+    /// Why the guest is to be left.
     leave: Option<Leave>,
     counts: Box<[u64; crate::vmx::exit_reason::REASONS]>,
 }
@@ -78,7 +83,12 @@ enum Leave {
 impl Vcpu {
     /// Ends the guest at the next look.
     fn end(&mut self, end: End) {
-        self.leave = Some(Leave::End(end));
+        self.leave(Leave::End(end));
+    }
+
+    fn leave(&mut self, leave: Leave) {
+        self.leave = Some(leave);
+        self.attention |= Attention::LEAVE;
     }
 
     /// Exits by basic reason so far.

@@ -2,19 +2,19 @@
 //! own: waiting, and the end.
 
 use super::events::Raised;
-use super::{Leave, Vcpu};
+use super::{Attention, Leave, Vcpu};
 use crate::addr::{Gpa, Gva};
 use crate::arch::cpu;
 use crate::devices::Ticks;
 use crate::host::time;
 use crate::vm::boot::EntryState;
 use crate::vmx::check::{self, FieldReader};
-use crate::vmx::entry::{Entry, Left};
+use crate::vmx::entry::{Entry, Left, Next};
 use crate::vmx::ept::EptError;
 use crate::vmx::error::{EntryFailure, VmInstructionError};
 use crate::vmx::exit_reason;
 use crate::vmx::vmcs::{Vmcs, guest, information};
-use core::fmt;
+use core::{fmt, mem};
 
 /// How a guest ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,7 +130,9 @@ impl Vcpu {
             unsafe { cpu::set_xcr0(1) };
         }
         loop {
-            self.prepare_entry();
+            // What a wait, or the start, has changed.
+            self.attention |= Attention::DEVICES | Attention::CONSOLE;
+            self.attend();
             let left = entry.run(self);
             match left {
                 Left::Handler => {}
@@ -151,18 +153,28 @@ impl Vcpu {
 
     /// Everything that has to be right before the guest runs on: devices brought
     /// up to now, their interrupts delivered, one event chosen, the timer set.
-    pub(super) fn prepare_entry(&mut self) {
+    #[inline(never)]
+    pub(super) fn attend(&mut self) -> Next {
+        let attention = mem::replace(&mut self.attention, Attention::empty());
+        if attention.contains(Attention::LEAVE) {
+            return Next::Leave;
+        }
+        if attention.contains(Attention::CONSOLE) {
+            self.pump_console();
+        }
         let now = self.now();
-        self.advance(now);
+        if attention.intersects(Attention::DEVICES | Attention::CONSOLE) {
+            self.advance(now);
+        }
         self.inject();
         self.set_timer(now);
+        Next::Resume
     }
 
     fn advance(&mut self, now: Ticks) {
         if self.apic.deadline().is_some_and(|deadline| deadline <= now) {
             self.apic.advance(now);
         }
-        self.pump_console();
         let mut messages = arrayvec::ArrayVec::<_, 24>::new();
         {
             let mut chipset = self.vm.chipset.lock();
@@ -180,36 +192,11 @@ impl Vcpu {
         }
     }
 
-    fn next_deadline(&self) -> Option<Ticks> {
-        let chipset = self.vm.chipset.lock().deadline();
-        match (self.apic.deadline(), chipset) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
-        }
-    }
-
-    /// Makes the guest exit at the next deadline.
-    fn set_timer(&mut self, now: Ticks) {
-        let ticks = self
-            .next_deadline()
-            .map_or(u64::MAX, |deadline| deadline.0.saturating_sub(now.0));
-        if self.vmx.controls.has_preemption_timer() {
-            // Rounded up: an exit before the deadline would only come back.
-            let shift = self.vmx.capabilities.preemption_timer_shift();
-            let count = (ticks >> shift).saturating_add(1);
-            self.vmcs.write(
-                guest::PREEMPTION_TIMER,
-                u32::try_from(count).unwrap_or(u32::MAX),
-            );
-        } else if ticks != u64::MAX {
-            time::arm(ticks);
-        }
-    }
-
     /// Waits in HLT until the guest has something to do; false if it never will.
     fn wait(&mut self) -> bool {
         loop {
             let now = self.now();
+            self.pump_console();
             self.advance(now);
             if self.has_wake_event() {
                 return true;

@@ -1,12 +1,13 @@
 //! A new vCPU: its VMCS from control words, host state, and what the boot
 //! protocol wants the guest to start with.
 
-use super::Vcpu;
 use super::control_registers;
 use super::cpuid::{self, CpuidTable};
 use super::events::Pending;
 use super::msr::number::{BIOS_SIGN_ID, MISC_ENABLE};
 use super::msr::{self, MISC_ENABLE_FAST_STRINGS, Msrs};
+use super::timer::EntryTimer;
+use super::{Attention, Vcpu};
 use crate::addr::Hva;
 use crate::arch::msr::try_read;
 use crate::arch::registers::GeneralRegisters;
@@ -154,6 +155,8 @@ impl Vcpu {
             wall_clock: 0,
             system_time_version: 0,
             console_input: None,
+            attention: Attention::empty(),
+            timer: EntryTimer::UNSET,
             leave: None,
             counts: Box::new([0; crate::vmx::exit_reason::REASONS]),
             vm,

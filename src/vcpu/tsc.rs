@@ -52,6 +52,7 @@ impl Vcpu {
     pub(super) fn set_tsc_deadline(&mut self, now: Ticks, value: u64) {
         self.apic
             .set_tsc_deadline(now, to_ticks(value, self.tsc_adjust));
+        self.look_at_apic();
     }
 
     /// Fills the guest's paravirtual clock, if it asked for one.

@@ -125,6 +125,13 @@ impl Controls {
                 (Secondary::UNRESTRICTED_GUEST.bits(), "unrestricted guest"),
             ],
         )?;
+        // Saving the timer spares setting it at each exit; without the timer it must be 0
+        // (SDM 3, 27.2.1.2).
+        let timer = if pin & Pin::VMX_PREEMPTION_TIMER.bits() != 0 {
+            Exit::SAVE_VMX_PREEMPTION_TIMER
+        } else {
+            Exit::empty()
+        };
         let exit = word(
             capabilities.exit,
             (Exit::HOST_ADDRESS_SPACE_SIZE
@@ -134,7 +141,7 @@ impl Controls {
                 | Exit::SAVE_IA32_EFER
                 | Exit::LOAD_IA32_EFER)
                 .bits(),
-            Exit::SAVE_DEBUG_CONTROLS.bits(),
+            (Exit::SAVE_DEBUG_CONTROLS | timer).bits(),
             "IA32_VMX_EXIT_CTLS",
             &[
                 (
@@ -185,6 +192,11 @@ impl Controls {
     /// Whether the VMX-preemption timer is on.
     pub const fn has_preemption_timer(&self) -> bool {
         self.pin & Pin::VMX_PREEMPTION_TIMER.bits() != 0
+    }
+
+    /// Whether it goes on from where an exit has stopped it.
+    pub const fn saves_preemption_timer(&self) -> bool {
+        self.exit & Exit::SAVE_VMX_PREEMPTION_TIMER.bits() != 0
     }
 
     /// Whether the CPU tracks the guest's blocking by NMI.

@@ -1,7 +1,6 @@
 //! VM exits, decoded (SDM 3, 28.2 and appendix C).
 //!
-//! [`Exit::decode`] reads the reason, and of the rest only what that reason
-//! has. The enum is exhaustive: who handles exits handles all of them.
+//! [`Exit::decode`] reads, of what the VMCS says about an exit, only what its reason has. The enum is exhaustive: who handles exits handles all of them.
 
 use super::vmcs::{Vmcs, information};
 use crate::addr::{Gpa, Gva};
@@ -198,10 +197,9 @@ impl EptViolation {
 }
 
 impl Exit {
-    /// The exit that just happened.
+    /// The exit that just happened, whose reason field is `reason`.
     #[inline(always)]
-    pub fn decode(vmcs: &Vmcs) -> Self {
-        let reason = vmcs.read(information::EXIT_REASON);
+    pub fn decode(reason: u32, vmcs: &Vmcs) -> Self {
         let qualification = || vmcs.read(information::EXIT_QUALIFICATION);
         let interruption = || InterruptionInfo(vmcs.read(information::INTERRUPTION_INFO));
         if reason & ENTRY_FAILED != 0 {

@@ -74,6 +74,12 @@ impl Interrupts {
         self.io_apic.take_message()
     }
 
+    /// Whether there is one.
+    #[inline]
+    pub const fn has_message(&self) -> bool {
+        self.io_apic.has_message()
+    }
+
     /// The end of a level-triggered interrupt, from a local APIC.
     pub fn eoi(&mut self, vector: u8) {
         self.io_apic.eoi(vector);
