@@ -133,7 +133,9 @@ fn efi_application(program: &Program, env: &[(&str, &Path)], file: &str) -> Resu
 }
 
 /// The small guests: the programs in `tests/guests`.
-pub const GUESTS: [&str; 6] = ["pc", "triple", "vmxon", "unmapped", "hang", "reset"];
+pub const GUESTS: [&str; 7] = [
+    "pc", "bench", "triple", "vmxon", "unmapped", "hang", "reset",
+];
 
 /// Builds the small guest `name`, one of the programs in `tests/guests`.
 ///

@@ -222,6 +222,12 @@ fn set_gate(vector: u8, target: u64, stack: u8) {
     IDT.put(2 * usize::from(vector) + 1, target >> 32);
 }
 
+/// Jumps to `handler`, which must keep all registers and return by IRETQ, at every
+/// `vector` from now on, without anything between.
+pub fn set_raw(vector: u8, handler: unsafe extern "C" fn()) {
+    set_gate(vector, handler as *const () as u64, 0);
+}
+
 /// Calls `handler` at every `vector` from now on, and forgets how often there were any.
 pub fn on(vector: u8, handler: Handler) {
     HANDLERS.put(vector.into(), Some(handler));
