@@ -3,7 +3,7 @@
 use crate::addr::Hva;
 use core::arch::asm;
 use x86_64::VirtAddr;
-use x86_64::instructions::{hlt, interrupts, tlb};
+use x86_64::instructions::{hlt, interrupts, nop, tlb};
 use x86_64::registers::control::{Cr2, Cr3, Cr4, Cr4Flags};
 
 pub use x86_64::instructions::interrupts::{
@@ -44,6 +44,14 @@ pub fn enable_machine_checks() {
         // SAFETY: the CPU has the bit, which changes nothing else.
         unsafe { Cr4::update(|flags| flags.insert(Cr4Flags::MACHINE_CHECK_EXCEPTION)) };
     }
+}
+
+/// Lets in what interrupts wait; they are off before and after.
+pub fn interrupt_window() {
+    interrupts::enable();
+    // STI takes effect behind the next instruction.
+    nop();
+    interrupts::disable();
 }
 
 /// The time-stamp counter, in ticks. Not serialized.

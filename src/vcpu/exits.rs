@@ -4,6 +4,7 @@ use super::events::Exception;
 use super::run::End;
 use super::{Attention, Leave, Vcpu};
 use crate::addr::Gva;
+use crate::arch::cpu;
 use crate::arch::registers::GeneralRegisters;
 use crate::host::interrupts;
 use crate::vmx::entry::{Guest, Next};
@@ -64,7 +65,12 @@ impl Vcpu {
                 self.attention |= Attention::DEVICES | Attention::CONSOLE;
             }
             Exit::ExceptionOrNmi(info) => self.exception_or_nmi(info),
-            Exit::PreemptionTimer => self.attention |= Attention::DEVICES | Attention::CONSOLE,
+            Exit::PreemptionTimer => {
+                // Bochs 2.7 keeps a host interrupt back as long as a guest that was entered
+                // with interrupts off leaves them off. It is taken here.
+                cpu::interrupt_window();
+                self.attention |= Attention::DEVICES | Attention::CONSOLE;
+            }
             Exit::InterruptWindow | Exit::NmiWindow | Exit::TprBelowThreshold => {
                 self.attention |= Attention::EVENTS;
             }

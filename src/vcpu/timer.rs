@@ -16,6 +16,10 @@ use crate::vmx::vmcs::guest;
 /// microseconds at most.
 const LIGHT_EXITS: u32 = 16;
 
+/// How often a guest that does not exit is interrupted, for host interrupts that the
+/// emulator keeps back (see the preemption timer's exit).
+const SLICES_A_SECOND: u64 = 20;
+
 /// The timer as it was last set.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct EntryTimer {
@@ -76,6 +80,7 @@ impl Vcpu {
             } else {
                 0
             };
+            let ticks = ticks.min(self.clock.hz() / SLICES_A_SECOND);
             // Rounded up: an exit before the deadline would only come back.
             let shift = self.vmx.capabilities.preemption_timer_shift();
             let count = (ticks >> shift).saturating_add(1);
