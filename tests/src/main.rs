@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod figures;
+mod guests;
 mod harness;
 mod linux;
 mod nested;
@@ -20,6 +21,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let mut suite = Suite::default();
     figures::add(&mut suite);
+    guests::add(&mut suite);
     linux::add(&mut suite);
     nested::add(&mut suite);
     refusals::add(&mut suite);

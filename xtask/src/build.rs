@@ -133,8 +133,8 @@ fn efi_application(program: &Program, env: &[(&str, &Path)], file: &str) -> Resu
 }
 
 /// The small guests: the programs in `tests/guests`.
-pub const GUESTS: [&str; 7] = [
-    "pc", "bench", "triple", "vmxon", "unmapped", "hang", "reset",
+pub const GUESTS: [&str; 8] = [
+    "pc", "triple", "vmxon", "unmapped", "hang", "spin", "reset", "bench",
 ];
 
 /// Builds the small guest `name`, one of the programs in `tests/guests`.

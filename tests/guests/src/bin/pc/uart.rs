@@ -134,6 +134,7 @@ fn interrupts() {
     let id = in8(INTERRUPT_ID);
     pic::enable(0);
     out8(COM1, b'\r');
+    out8(COM1, b'\n');
     check_equal(
         "UART interrupts when its transmitter is empty, once, and again after a byte",
         (first, second, third),

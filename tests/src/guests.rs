@@ -1,0 +1,174 @@
+//! The small guests of `tests/guests`: one whose checks of its PC are results
+//! here, and those that come to a bad end, which the console has to name.
+
+use crate::harness::{Case, Ending, Outcome, Suite};
+use anyhow::Result;
+use xtask::{build, paths};
+
+/// The oldest CPU that Bochs has and Vireo runs on: no INVPCID, no XSAVE.
+const OLDEST: &str = "corei5_arrandale_m520";
+
+pub fn add(suite: &mut Suite) {
+    suite.add("guests::pc", |case| pc(case, &[]));
+    suite.add("guests::pc_on_the_oldest_cpu", |case| {
+        pc(case, &["--platform", "bochs", "--cpu", OLDEST])
+    });
+    suite.add("guests::hang", |case| {
+        stopped(
+            case,
+            "hang",
+            "about to halt for good",
+            "halted with interrupts off",
+        )
+    });
+    suite.add("guests::triple", |case| {
+        stopped(
+            case,
+            "triple",
+            "about to fault three times",
+            "triple fault at 0x@",
+        )
+    });
+    suite.add("guests::unmapped", |case| {
+        stopped(
+            case,
+            "unmapped",
+            "about to run into nothing",
+            "code or page tables at 0xd0000000, where it has no memory",
+        )
+    });
+    suite.add("guests::vmxon", |case| {
+        stopped(
+            case,
+            "vmxon",
+            "about to execute VMXON",
+            "triple fault at 0x@, where the guest has no handler for #UD (VMXON)",
+        )
+    });
+    suite.add("guests::reset", reset);
+    suite.add("guests::spin", spin);
+}
+
+/// Boots the small guest `name` for at most `seconds`.
+fn boot(case: &mut Case, name: &str, options: &[&str], seconds: u64) -> Result<Outcome> {
+    let config = format!("[[vm]]\nname = \"{name}\"\nmemory = \"64M\"\nkernel = \"{name}\"\n");
+    let kernel = paths::read(&build::guest(name)?)?;
+    let mut machine = case.machine().volume(&config, &[(name, &kernel)])?;
+    for option in options {
+        machine = machine.options([option]);
+    }
+    machine.limit(seconds).run()
+}
+
+/// Every check of the guest is a result of its own.
+fn pc(case: &mut Case, options: &[&str]) -> Result<()> {
+    let seen = boot(case, "pc", options, 240)?;
+    let (mut passed, mut failed) = (0, 0);
+    for line in seen.console.lines() {
+        let Some(line) = line.trim_end().strip_prefix("check: ") else {
+            continue;
+        };
+        if let Some(name) = line.strip_suffix(": ok") {
+            passed += 1;
+            case.record(name, Ok(()));
+        } else if let Some((name, found)) = line.split_once(": failed: ") {
+            failed += 1;
+            case.record(name, Err(found.into()));
+        }
+    }
+    let total = format!("checks: {passed} passed, {failed} failed");
+    case.check(
+        "the guest has counted as many",
+        passed > 0 && seen.console.lines().any(|line| line.trim_end() == total),
+        total,
+    );
+    case.check_equal("it powers off", seen.ending, Ending::Status(0));
+    Ok(())
+}
+
+/// A guest that says `last` and then is stopped with `reason`, in which `@`
+/// stands for hexadecimal digits. The hypervisor lives on and powers off.
+fn stopped(case: &mut Case, name: &str, last: &str, reason: &str) -> Result<()> {
+    let seen = boot(case, name, &[], 120)?;
+    case.check("the guest's last words", said(&seen, last), &seen.console);
+    let sentence = format!("the guest {name} was stopped: {reason}");
+    case.check(
+        "the sentence",
+        matches(seen.ending.sentence(), &sentence),
+        format!("{:?} instead of {sentence:?}", seen.ending),
+    );
+    let line = format!("vireo: vm {name}: stopped: {reason}");
+    case.check(
+        "the console's last line",
+        seen.console
+            .lines()
+            .last()
+            .is_some_and(|last| matches(last.trim_end(), &line)),
+        seen.console.lines().last().unwrap_or_default(),
+    );
+    Ok(())
+}
+
+fn reset(case: &mut Case) -> Result<()> {
+    let seen = boot(case, "reset", &[], 120)?;
+    case.check(
+        "the guest's last words",
+        said(&seen, "about to reset"),
+        &seen.console,
+    );
+    case.check_equal(
+        "the sentence",
+        seen.ending.sentence(),
+        "the guest reset has reset its machine",
+    );
+    Ok(())
+}
+
+/// A loop with interrupts off: nothing but time tells.
+fn spin(case: &mut Case) -> Result<()> {
+    let seen = boot(case, "spin", &[], 40)?;
+    case.check(
+        "the guest's last words",
+        said(&seen, "about to spin for good"),
+        &seen.console,
+    );
+    case.check_equal("the machine hangs", seen.ending, Ending::Hang);
+    Ok(())
+}
+
+/// Whether the console has this line.
+fn said(seen: &Outcome, line: &str) -> bool {
+    seen.console.lines().any(|said| said.trim_end() == line)
+}
+
+/// Whether `text` is `pattern`, in which each `@` stands for hexadecimal digits.
+fn matches(text: &str, pattern: &str) -> bool {
+    let mut parts = pattern.split('@');
+    let first = parts.next().unwrap_or_default();
+    let Some(mut rest) = text.strip_prefix(first) else {
+        return false;
+    };
+    for part in parts {
+        let digits = rest.trim_start_matches(|digit: char| digit.is_ascii_hexdigit());
+        match digits.strip_prefix(part) {
+            Some(behind) if digits.len() < rest.len() => rest = behind,
+            _ => return false,
+        }
+    }
+    rest.is_empty()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_at_sign_stands_for_digits() {
+        assert!(matches("fault at 0x20af, where", "fault at 0x@, where"));
+        assert!(matches("fault at 0x20af", "fault at 0x@"));
+        assert!(!matches("fault at 0x, where", "fault at 0x@, where"));
+        assert!(!matches("fault at 0x20, whence", "fault at 0x@, where"));
+        assert!(!matches("fault at 0x20, where", "fault at 0x@"));
+        assert!(matches("plain", "plain"));
+    }
+}
