@@ -8,23 +8,28 @@
 
 #![forbid(unsafe_code)]
 
+mod deaths;
 mod figures;
 mod guests;
 mod harness;
+mod images;
 mod linux;
 mod nested;
 mod refusals;
+mod unusable;
 
 use harness::Suite;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let mut suite = Suite::default();
+    deaths::add(&mut suite);
     figures::add(&mut suite);
     guests::add(&mut suite);
     linux::add(&mut suite);
     nested::add(&mut suite);
     refusals::add(&mut suite);
+    unusable::add(&mut suite);
     match suite.run() {
         Ok(code) => code,
         Err(error) => {

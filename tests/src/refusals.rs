@@ -22,17 +22,7 @@ pub fn add(suite: &mut Suite) {
 /// Boots `config` and looks for `words` in the sentence of the refusal.
 fn refused(case: &mut Case, config: &str, words: &[&str]) -> Result<()> {
     let machine = case.machine().volume(config, &[("kernel", b"MZ")])?;
-    let seen = machine.limit(120).run()?;
-    for word in words {
-        case.check(
-            &format!("the sentence has: {word}"),
-            seen.ending.sentence().contains(word),
-            format!("{:?}", seen.ending),
-        );
-    }
-    let said = seen.console.matches("vireo: error: ").count();
-    case.check_equal("it is said once", said, 1);
-    Ok(())
+    case.refusal(machine, words)
 }
 
 fn no_configuration(case: &mut Case) -> Result<()> {

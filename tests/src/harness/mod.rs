@@ -180,6 +180,25 @@ impl Case {
         self.check(name, actual == expected, found);
     }
 
+    /// Runs `machine`, and checks that it ends with one sentence, in which are
+    /// `words`.
+    ///
+    /// # Errors
+    /// As [`Machine::run`].
+    pub fn refusal(&mut self, machine: Machine, words: &[&str]) -> Result<()> {
+        let seen = machine.limit(120).run()?;
+        for word in words {
+            self.check(
+                &format!("the sentence has: {word}"),
+                seen.ending.sentence().contains(word),
+                format!("{:?}", seen.ending),
+            );
+        }
+        let said = seen.console.matches("vireo: error: ").count();
+        self.check_equal("it is said once", said, 1);
+        Ok(())
+    }
+
     /// What failed, for the user, with the place of the logs.
     fn failures(&self) -> String {
         let mut text: String = self
