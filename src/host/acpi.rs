@@ -1,24 +1,23 @@
 //! What the firmware's ACPI tables say about the machine, as far as the
 //! hypervisor itself needs it: I/O APICs and interrupt overrides (MADT), the
-//! power-management timer, reset register and sleep control (FADT), and the
-//! type of S5 (DSDT).
+//! power-management timer and sleep control (FADT), and the type of S5 (DSDT).
 //!
-//! Nothing here trusts a table: an address may lead nowhere, a length may lie.
-//! So the tables are copied out and parsed as bytes; a crate's typed mapping
-//! of a physical address has no way to say that there is nothing. What is
-//! missing or broken gives the defaults of the PC and a line in the log.
-//! Clauses are those of ACPI 6.5.
+//! The crate `acpi` reads the tables. It trusts them, so it is given checked
+//! copies ([`copy`]): an address may lead nowhere, a length may lie. What is
+//! missing or broken gives the defaults of the PC. Clauses are those of ACPI 6.5.
+
+mod copy;
 
 use super::memory::paging;
 use crate::addr::{Hpa, Hva, PAGE_SIZE};
+use acpi::address::{AddressSpace, GenericAddress};
+use acpi::fadt::Fadt;
+use acpi::madt::{Madt, MadtEntry};
+use acpi::{AcpiError, AcpiTables};
 use alloc::vec;
 use alloc::vec::Vec;
+use copy::{Copies, ReadPhysical};
 use spin::Once;
-
-/// No sane table is longer, in bytes.
-const LONGEST: usize = 4 << 20;
-/// Length of the header common to all tables (5.2.6), in bytes.
-const HEADER: usize = 36;
 
 /// An I/O APIC of the MADT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,13 +60,6 @@ pub struct SleepRegister {
     pub enable: Option<(u16, u8)>,
 }
 
-/// The reset register: a byte to write to a port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ResetRegister {
-    pub port: u16,
-    pub value: u8,
-}
-
 /// What is known of the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Platform {
@@ -76,7 +68,6 @@ pub struct Platform {
     pub isa: [Route; 16],
     pub pm_timer: Option<PmTimer>,
     pub sleep: Option<SleepRegister>,
-    pub reset: Option<ResetRegister>,
 }
 
 impl Default for Platform {
@@ -94,18 +85,8 @@ impl Default for Platform {
             }),
             pm_timer: None,
             sleep: None,
-            reset: None,
         }
     }
-}
-
-/// Why tables were not used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Broken {
-    Unreadable,
-    Signature,
-    Length,
-    Checksum,
 }
 
 static PLATFORM: Once<Platform> = Once::new();
@@ -113,7 +94,7 @@ static PLATFORM: Once<Platform> = Once::new();
 /// Reads the tables below the root pointer at `rsdp`, once. Needs `memory::init`.
 pub fn init(rsdp: Option<u64>) -> &'static Platform {
     PLATFORM.call_once(|| match rsdp {
-        Some(rsdp) => parse(rsdp, &read_physical),
+        Some(rsdp) => parse(rsdp, read_physical),
         None => {
             log::info!("no ACPI tables: assuming a plain PC");
             Platform::default()
@@ -154,122 +135,48 @@ fn read_physical(start: u64, len: usize) -> Option<Vec<u8>> {
     Some(copy)
 }
 
-/// A little-endian number of `N` bytes at `offset`.
-fn number(bytes: &[u8], offset: usize, len: usize) -> Option<u64> {
-    let field = bytes.get(offset..offset.checked_add(len)?)?;
-    Some(
-        field
-            .iter()
-            .rev()
-            .fold(0, |value, &byte| value << 8 | u64::from(byte)),
-    )
-}
-
-fn sums_to_zero(bytes: &[u8]) -> bool {
-    bytes.iter().fold(0u8, |sum, &byte| sum.wrapping_add(byte)) == 0
-}
-
-type Read<'a> = &'a dyn Fn(u64, usize) -> Option<Vec<u8>>;
-
-/// The whole table at `address`, checked (5.2.6).
-fn table(address: u64, read: Read) -> Result<Vec<u8>, Broken> {
-    let header = read(address, HEADER).ok_or(Broken::Unreadable)?;
-    let len = number(&header, 4, 4).ok_or(Broken::Unreadable)? as usize;
-    if !(HEADER..=LONGEST).contains(&len) {
-        return Err(Broken::Length);
-    }
-    let table = read(address, len).ok_or(Broken::Unreadable)?;
-    if sums_to_zero(&table) {
-        Ok(table)
-    } else {
-        Err(Broken::Checksum)
-    }
-}
-
-/// The addresses in the root table (5.2.5, 5.2.7, 5.2.8).
-fn root_entries(rsdp: u64, read: Read) -> Result<Vec<u64>, Broken> {
-    let pointer = read(rsdp, 20).ok_or(Broken::Unreadable)?;
-    if !pointer.starts_with(b"RSD PTR ") {
-        return Err(Broken::Signature);
-    }
-    if !sums_to_zero(&pointer) {
-        return Err(Broken::Checksum);
-    }
-    let extended = match pointer.get(15) {
-        Some(2..) => read(rsdp, 36).filter(|pointer| sums_to_zero(pointer)),
-        _ => None,
-    };
-    let xsdt = extended
-        .and_then(|pointer| number(&pointer, 24, 8))
-        .filter(|&address| address != 0);
-    let (root, signature, width) = match xsdt {
-        Some(address) => (table(address, read)?, b"XSDT", 8),
-        None => (
-            table(number(&pointer, 16, 4).ok_or(Broken::Unreadable)?, read)?,
-            b"RSDT",
-            4,
-        ),
-    };
-    if !root.starts_with(signature) {
-        return Err(Broken::Signature);
-    }
-    Ok((HEADER..root.len())
-        .step_by(width)
-        .filter_map(|offset| number(&root, offset, width))
-        .collect())
-}
-
-fn parse(rsdp: u64, read: Read) -> Platform {
+/// What the tables below the root pointer at `rsdp` say.
+fn parse<R: ReadPhysical>(rsdp: u64, read: R) -> Platform {
     let mut platform = Platform::default();
-    let entries = root_entries(rsdp, read).unwrap_or_else(|broken| {
-        log::warn!("ACPI root table: {broken:?}; assuming a plain PC");
-        Vec::new()
-    });
-    for address in entries {
-        match table(address, read) {
-            Ok(madt) if madt.starts_with(b"APIC") => parse_madt(&madt, &mut platform),
-            Ok(fadt) if fadt.starts_with(b"FACP") => parse_fadt(&fadt, read, &mut platform),
-            Ok(_) => {}
-            Err(broken) => log::warn!("ACPI table at {address:#x}: {broken:?}; ignored"),
+    let copies = Copies(read);
+    // SAFETY: `Copies` gives the crate memory that it may read whatever it holds.
+    let tables = match unsafe { AcpiTables::from_rsdp(copies.clone(), rsdp as usize) } {
+        Ok(tables) => tables,
+        Err(error) => {
+            log::warn!("ACPI root table: {error:?}; assuming a plain PC");
+            return platform;
         }
+    };
+    match tables.find_table::<Madt>() {
+        Ok(madt) => parse_madt(madt.get().entries(), &mut platform),
+        Err(error) => log::warn!("ACPI MADT: {error:?}; assuming one I/O APIC"),
+    }
+    match tables.find_table::<Fadt>() {
+        Ok(fadt) => {
+            let s5 = s5_of(&tables, &copies);
+            parse_fadt(&fadt, s5, &mut platform);
+        }
+        Err(error) => log::warn!("ACPI FADT: {error:?}; no power-off by S5"),
     }
     platform
 }
 
 /// Interrupt controllers (5.2.12).
-fn parse_madt(madt: &[u8], platform: &mut Platform) {
+fn parse_madt<'a>(entries: impl Iterator<Item = MadtEntry<'a>>, platform: &mut Platform) {
     let mut io_apics = Vec::new();
-    let mut rest = madt.get(44..).unwrap_or(&[]);
-    while let [kind, len, ..] = *rest {
-        let Some((entry, behind)) = rest.split_at_checked(usize::from(len)).filter(|_| len >= 2)
-        else {
-            log::warn!("ACPI MADT: an entry of {len} bytes; the rest is ignored");
-            break;
-        };
-        rest = behind;
-        match kind {
-            1 => {
-                if let (Some(address), Some(base)) = (number(entry, 4, 4), number(entry, 8, 4)) {
-                    io_apics.push(IoApicEntry {
-                        address,
-                        base: base as u32,
-                    });
-                }
-            }
-            2 => {
-                let fields = (
-                    number(entry, 3, 1),
-                    number(entry, 4, 4),
-                    number(entry, 8, 2),
-                );
-                if let (Some(irq), Some(gsi), Some(flags)) = fields
-                    && let Some(route) = platform.isa.get_mut(irq as usize)
-                {
+    for entry in entries {
+        match entry {
+            MadtEntry::IoApic(entry) => io_apics.push(IoApicEntry {
+                address: entry.io_apic_address.into(),
+                base: entry.global_system_interrupt_base,
+            }),
+            MadtEntry::InterruptSourceOverride(entry) => {
+                if let Some(route) = platform.isa.get_mut(usize::from(entry.irq)) {
                     // 5.2.12.5: 3 is low or level; 0 (as the bus) and 1 are high and edge for ISA.
                     *route = Route {
-                        gsi: gsi as u32,
-                        active_low: flags & 0b11 == 0b11,
-                        level: flags >> 2 & 0b11 == 0b11,
+                        gsi: entry.global_system_interrupt,
+                        active_low: entry.flags & 0b11 == 0b11,
+                        level: entry.flags >> 2 & 0b11 == 0b11,
                     };
                 }
             }
@@ -281,59 +188,48 @@ fn parse_madt(madt: &[u8], platform: &mut Platform) {
     }
 }
 
-/// The port in a register block: from the generic address at `extended`, when
-/// it is one in I/O space (5.2.3.2), else the older field at `legacy`.
-fn port(fadt: &[u8], extended: usize, legacy: usize) -> Option<u16> {
-    let io_space = number(fadt, extended, 1) == Some(1);
-    let address = number(fadt, extended + 4, 8).filter(|&address| io_space && address != 0);
-    let address = address
-        .or_else(|| number(fadt, legacy, 4))
-        .filter(|&address| address != 0)?;
-    u16::try_from(address).ok()
+/// The port of a register block, when it is one in I/O space.
+fn port(address: GenericAddress) -> Option<u16> {
+    let io_space = address.address_space == AddressSpace::SystemIo && address.address != 0;
+    u16::try_from(address.address).ok().filter(|_| io_space)
 }
 
-/// Fixed hardware (5.2.9).
-fn parse_fadt(fadt: &[u8], read: Read, platform: &mut Platform) {
-    let flags = number(fadt, 112, 4).unwrap_or(0);
-    if number(fadt, 91, 1) == Some(4) {
-        platform.pm_timer = port(fadt, 208, 76).map(|port| PmTimer {
-            port,
-            wide: flags & 1 << 8 != 0,
-        });
-    }
-    if flags & 1 << 10 != 0 && number(fadt, 116, 1) == Some(1) {
-        platform.reset = number(fadt, 120, 8)
-            .and_then(|address| u16::try_from(address).ok())
-            .zip(number(fadt, 128, 1))
-            .map(|(port, value)| ResetRegister {
-                port,
-                value: value as u8,
+/// Fixed hardware (5.2.9); `s5` are the sleep types.
+fn parse_fadt(fadt: &Fadt, s5: Option<(u16, u16)>, platform: &mut Platform) {
+    let optional =
+        |block: Result<Option<GenericAddress>, AcpiError>| block.ok().flatten().and_then(port);
+    platform.pm_timer = optional(fadt.pm_timer_block()).map(|port| PmTimer {
+        port,
+        wide: { fadt.flags }.pm_timer_is_32_bit(),
+    });
+    platform.sleep =
+        fadt.pm1a_control_block()
+            .ok()
+            .and_then(port)
+            .zip(s5)
+            .map(|(pm1a, (type_a, type_b))| SleepRegister {
+                pm1a,
+                pm1b: optional(fadt.pm1b_control_block()),
+                type_a,
+                type_b,
+                enable: u16::try_from(fadt.smi_cmd_port)
+                    .ok()
+                    .filter(|&command| command != 0 && fadt.acpi_enable != 0)
+                    .map(|command| (command, fadt.acpi_enable)),
             });
-    }
-    let dsdt = number(fadt, 140, 8)
-        .filter(|&address| address != 0)
-        .or_else(|| number(fadt, 40, 4));
-    let types = match dsdt.map(|address| table(address, read)) {
-        Some(Ok(dsdt)) => s5_types(&dsdt),
-        Some(Err(broken)) => {
-            log::warn!("ACPI DSDT: {broken:?}; no power-off by S5");
+}
+
+fn s5_of<R: ReadPhysical>(
+    tables: &AcpiTables<Copies<R>>,
+    copies: &Copies<R>,
+) -> Option<(u16, u16)> {
+    match tables.dsdt() {
+        Ok(dsdt) => s5_types(&(copies.0)(dsdt.address as u64, dsdt.length as usize)?),
+        Err(error) => {
+            log::warn!("ACPI DSDT: {error:?}; no power-off by S5");
             None
         }
-        None => None,
-    };
-    platform.sleep = port(fadt, 172, 64)
-        .zip(types)
-        .map(|(pm1a, (type_a, type_b))| SleepRegister {
-            pm1a,
-            pm1b: port(fadt, 184, 68),
-            type_a,
-            type_b,
-            enable: number(fadt, 48, 4)
-                .and_then(|command| u16::try_from(command).ok())
-                .zip(number(fadt, 52, 1))
-                .filter(|&(command, value)| command != 0 && value != 0)
-                .map(|(command, value)| (command, value as u8)),
-        });
+    }
 }
 
 /// SLP_TYPa and SLP_TYPb of `\_S5`, without an AML interpreter: firmware
@@ -371,8 +267,12 @@ fn aml_integer(aml: &[u8]) -> Option<(u16, &[u8])> {
         0x0c => (4, 1),
         _ => return None,
     };
-    let value = number(aml, start, len)?;
-    Some((u16::try_from(value).ok()?, &aml[start + len..]))
+    let (value, rest) = aml.get(start..)?.split_at_checked(len)?;
+    let value = value
+        .iter()
+        .rev()
+        .fold(0u32, |value, &byte| value << 8 | u32::from(byte));
+    Some((u16::try_from(value).ok()?, rest))
 }
 
 #[cfg(test)]
