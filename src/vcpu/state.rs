@@ -23,7 +23,7 @@ use crate::vmx::ept::EptError;
 use crate::vmx::host_state;
 use crate::vmx::operation::{self, Vmx, VmxError};
 use crate::vmx::vmcs::{Vmcs, control, guest};
-use crate::vmx::vpid::Vpid;
+use crate::vmx::vpid::{InvalidationError, Invalidator, Vpid};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::fmt;
@@ -42,6 +42,7 @@ pub enum SetupError {
     Stack(MapError),
     Ept(EptError),
     Vmx(VmxError),
+    Invalidation(InvalidationError),
 }
 
 impl fmt::Display for SetupError {
@@ -51,6 +52,9 @@ impl fmt::Display for SetupError {
             Self::Stack(error) => write!(f, "no stack for a virtual CPU: {error:?}"),
             Self::Ept(error) => write!(f, "no extended page tables: {error:?}"),
             Self::Vmx(error) => write!(f, "the VMCS is refused: {error:?}"),
+            Self::Invalidation(error) => {
+                write!(f, "cached translations cannot be dropped: {error:?}")
+            }
         }
     }
 }
@@ -93,6 +97,11 @@ impl Vcpu {
         entry: &EntryState,
     ) -> Result<(Self, Entry), SetupError> {
         let controls = vmx.controls;
+        let vpid = if controls.has(SecondaryControls::ENABLE_VPID) {
+            vpid
+        } else {
+            Vpid::HOST
+        };
         let tsc_khz = u32::try_from(vm.clock.hz() / 1000).unwrap_or(u32::MAX);
         let fast_strings =
             try_read(MISC_ENABLE).is_none_or(|value| value & MISC_ENABLE_FAST_STRINGS != 0);
@@ -166,8 +175,23 @@ impl Vcpu {
             bitmaps,
         };
         vcpu.write_controls()?;
+        vcpu.forget_translations()?;
         vcpu.write_guest_state(entry);
         Ok((vcpu, stack))
+    }
+
+    /// Drops what this CPU may have cached under the VPID and the EPT pointer when
+    /// they were another guest's, or another hypervisor's (SDM 3, 29.4.3.3 and 29.4.3.4).
+    fn forget_translations(&self) -> Result<(), SetupError> {
+        let pointer = self.vm.ept_pointer().map_err(SetupError::Ept)?;
+        let invalidator = Invalidator::new(self.vmx.capabilities.ept_vpid);
+        // SAFETY: a vCPU exists only in VMX root operation.
+        unsafe {
+            invalidator
+                .ept(pointer)
+                .and_then(|()| invalidator.vpid(self.vpid))
+                .map_err(SetupError::Invalidation)
+        }
     }
 
     fn write_controls(&mut self) -> Result<(), SetupError> {

@@ -108,13 +108,19 @@ impl Controls {
                 (Primary::USE_TSC_OFFSETTING.bits(), "use TSC offsetting"),
             ],
         )?;
+        // A VPID keeps translations across exits: without INVVPID nothing would drop them.
+        let vpid = if capabilities.ept_vpid.drops_vpids() {
+            Secondary::ENABLE_VPID
+        } else {
+            Secondary::empty()
+        };
         let secondary = word(
             capabilities.secondary,
             (Secondary::ENABLE_EPT | Secondary::UNRESTRICTED_GUEST).bits(),
             // Each of these lets an instruction run without an exit; without WBINVD exiting a
             // guest could stall the machine by emptying its caches in a loop.
             (Secondary::ENABLE_RDTSCP
-                | Secondary::ENABLE_VPID
+                | vpid
                 | Secondary::WBINVD_EXITING
                 | Secondary::ENABLE_INVPCID
                 | Secondary::ENABLE_XSAVES_XRSTORS)
@@ -261,6 +267,15 @@ mod tests {
             controls.primary & (Primary::CR3_LOAD_EXITING | Primary::CR3_STORE_EXITING).bits(),
             0
         );
+    }
+
+    #[test]
+    fn no_vpid_without_invvpid() {
+        let mut capabilities = emulator();
+        capabilities.ept_vpid.0 &= !(1 << 32);
+        let controls = Controls::new(&capabilities).unwrap();
+        assert!(!controls.has(Secondary::ENABLE_VPID));
+        assert!(controls.has(Secondary::ENABLE_EPT));
     }
 
     #[test]

@@ -69,6 +69,10 @@ impl EptVpidCapabilities {
     pub const fn write_back_tables(self) -> bool {
         self.bit(14)
     }
+    /// INVVPID of a whole context, or of all.
+    pub const fn drops_vpids(self) -> bool {
+        self.bit(32) && (self.bit(41) || self.bit(42))
+    }
     /// Accessed and dirty bits.
     pub const fn accessed_dirty(self) -> bool {
         self.bit(21)
@@ -231,6 +235,14 @@ pub struct Ept<M: TableMemory> {
     retired: ArrayVec<Retired, RETIRED>,
 }
 
+/// Frees every table. Nobody enters a guest with them any more; what CPUs have cached of
+/// them stays until INVEPT, which is due before a first entry with tables in the same frames.
+impl<M: TableMemory> Drop for Ept<M> {
+    fn drop(&mut self) {
+        self.free();
+    }
+}
+
 impl<M: TableMemory> Ept<M> {
     /// Empty tables. `address_width` is the CPU's physical-address width in
     /// bits (CPUID 80000008H:EAX\[7:0\]).
@@ -346,12 +358,9 @@ impl<M: TableMemory> Ept<M> {
         }
     }
 
-    /// Frees every table and gives the memory back. Only after INVEPT on every
-    /// CPU that may have run with these tables.
-    pub fn destroy(mut self) -> M {
+    fn free(&mut self) {
         self.release_retired();
         free_table(self.root, &mut self.memory);
-        self.memory
     }
 
     fn check_permissions(&self, permissions: Permissions) -> Result<(), EptError> {
