@@ -66,6 +66,7 @@ enum Choice {
 }
 
 const RFLAGS_IF: u64 = 1 << 9;
+pub(super) const RFLAGS_RF: u64 = 1 << 16;
 const BLOCKED_BY_STI: u32 = 1;
 const BLOCKED_BY_MOV_SS: u32 = 1 << 1;
 const BLOCKED_BY_NMI: u32 = 1 << 3;
@@ -238,6 +239,10 @@ impl Vcpu {
     }
 
     fn inject_exception(&mut self, exception: Exception) {
+        // A fault pushes RF set, so that its instruction's breakpoint is not met twice; an
+        // injection pushes what is there (SDM 3, 18.3.1.1 and 27.6.1.1).
+        let rflags = self.vmcs.read(guest::RFLAGS);
+        self.vmcs.write(guest::RFLAGS, rflags | RFLAGS_RF);
         match exception {
             Exception::InvalidOpcode => {
                 self.inject_event(InterruptionInfo::exception(6, false), 0);

@@ -2,7 +2,7 @@
 
 use super::Vcpu;
 use super::emulate::{self, Bus, EmulateError, Mode, Segment};
-use super::events::Exception;
+use super::events::{Exception, RFLAGS_RF};
 use super::run::End;
 use super::walk::{self, Operation, Paging, PhysicalRead, WalkError};
 use crate::addr::{Gpa, Gva, PAGE_SIZE};
@@ -98,6 +98,10 @@ impl Vcpu {
         let fault = bus.fault.take();
         match outcome {
             Ok(outcome) => {
+                // An EPT violation saves RF set (SDM 3, 28.3.3); a completed instruction clears it.
+                if outcome.advance != 0 {
+                    rflags &= !RFLAGS_RF;
+                }
                 self.vmcs.write(guest::RFLAGS, rflags);
                 self.vmcs.write(guest::RSP, registers.rsp);
                 if outcome.advance == 0 {

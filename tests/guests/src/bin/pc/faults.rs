@@ -6,6 +6,39 @@ use vireo_test_guests::exceptions::{self, Frame, is_gp, is_ud, vector};
 use vireo_test_guests::port::in8;
 use vireo_test_guests::{Shared, check, check_equal, execute};
 
+/// An instruction that the hypervisor completes leaves RF clear, so that a
+/// breakpoint on the next one is met.
+macro_rules! breakpoint_behind {
+    ($name:literal, $instruction:literal) => {{
+        exceptions::on(vector::DEBUG, |frame| {
+            STEPS.put(0, frame.rip);
+            frame.rflags |= RESUME;
+        });
+        let mut behind = 0u64;
+        execute!(
+            "mov r8, rbx",
+            "lea {behind}, [rip + 2f]",
+            "mov dr0, {behind}",
+            "mov dr7, {on}",
+            $instruction,
+            "2: nop",
+            "mov dr7, {off}",
+            "mov rbx, r8",
+            behind = out(reg) behind,
+            on = in(reg) 0x402u64,
+            off = in(reg) 0x400u64,
+            inout("rax") 0u64 => _,
+            inout("rcx") 0u64 => _,
+            inout("rdx") 0x80u64 => _,
+            out("r8") _,
+        );
+        let met = exceptions::count(vector::DEBUG);
+        exceptions::off(vector::DEBUG);
+        cpu::set_dr6(0xffff_0ff0);
+        check_equal($name, (met, STEPS.at(0)), (1, behind));
+    }};
+}
+
 pub fn check_all() {
     let zero = Cell::new(0u32);
     check_equal(
@@ -28,6 +61,33 @@ pub fn check_all() {
     execute!("int 0x80");
     check_equal("INT 0x80 calls its gate", exceptions::count(0x80), 1);
     single_step();
+    resume_flag();
+    breakpoint_behind!("a breakpoint behind NOP is met", "nop");
+    breakpoint_behind!("a breakpoint behind CPUID is met", "cpuid");
+    breakpoint_behind!("a breakpoint behind IN is met", "in al, dx");
+    breakpoint_behind!("a breakpoint behind MMIO is met", "mov eax, [0xfee00030]");
+}
+
+const RESUME: u64 = 1 << 16;
+static FLAGS: Shared<u64> = Shared::new(0);
+
+/// A fault pushes RF set. Both instructions have two bytes, which are skipped.
+fn resume_flag() {
+    exceptions::on(vector::INVALID_OPCODE, |frame| {
+        FLAGS.set(frame.rflags);
+        frame.rip += 2;
+    });
+    execute!("ud2");
+    exceptions::off(vector::INVALID_OPCODE);
+    check("#UD of UD2 pushes RF set", FLAGS.get() & RESUME != 0);
+    exceptions::on(vector::GENERAL_PROTECTION, |frame| {
+        FLAGS.set(frame.rflags);
+        frame.rip += 2;
+    });
+    FLAGS.set(0);
+    execute!("rdmsr", in("ecx") 0x1234_5678, out("eax") _, out("edx") _);
+    exceptions::off(vector::GENERAL_PROTECTION);
+    check("#GP of RDMSR pushes RF set", FLAGS.get() & RESUME != 0);
 }
 
 const MOST: usize = 16;
