@@ -13,6 +13,7 @@ use crate::vmx::entry::{Entry, Left, Next};
 use crate::vmx::ept::EptError;
 use crate::vmx::error::{EntryFailure, VmInstructionError};
 use crate::vmx::exit_reason;
+use crate::vmx::live_state;
 use crate::vmx::vmcs::{Vmcs, guest, information};
 use core::{fmt, mem};
 
@@ -124,11 +125,7 @@ impl Vcpu {
 
     fn run_to_end(&mut self, entry: &mut Entry, start: &EntryState) -> End {
         *entry.registers() = super::state::entry_registers(start);
-        // The guest's XCR0 lives in the register; so does its reset value.
-        if self.cpuid.xcr0_supported() != 0 {
-            // SAFETY: x87 state alone is always valid.
-            unsafe { cpu::set_xcr0(1) };
-        }
+        live_state::reset(self.cpuid.xcr0_supported());
         loop {
             // What a wait, or the start, has changed.
             self.attention |= Attention::DEVICES | Attention::CONSOLE;

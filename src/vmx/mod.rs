@@ -4,7 +4,7 @@
 //! [`capability`] MSRs allow; a [`vmcs`] is built from typed fields; [`entry`]
 //! is the way into the guest and back; [`mod@exit`] decodes why it came back.
 //! [`ept`], [`vpid`], [`bitmap`] and [`memory_type`] are the tables that the
-//! hardware reads; [`check`] and [`error`] say what was wrong when it refuses.
+//! hardware reads; [`live_state`] is what it never switches; [`check`] and [`error`] say what was wrong when it refuses.
 
 pub mod bitmap;
 pub mod capability;
@@ -17,6 +17,7 @@ pub mod error;
 pub mod exit;
 pub mod exit_reason;
 pub mod host_state;
+pub mod live_state;
 pub mod memory_type;
 pub mod operation;
 pub mod vmcs;

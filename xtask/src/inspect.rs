@@ -7,8 +7,8 @@ use object::{Object, ObjectSection, ObjectSegment, ObjectSymbol, SectionFlags, e
 use std::collections::BTreeMap;
 
 /// The functions that switch FPU and vector state, by symbol without crate and
-/// hash; only they may contain such instructions. No state is switched yet.
-const STATE_SWITCH: &[&str] = &[];
+/// hash; only they may contain such instructions.
+const STATE_SWITCH: &[&str] = &["load_initial_vector_state"];
 
 /// The kernel's loaded bytes must stay below this.
 const LARGEST: u64 = 1 << 20;

@@ -230,3 +230,17 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_state_of_every_direct_msr_is_the_guests_own() {
+    // VM entries and exits switch these.
+    let switched = [SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP, FS_BASE, GS_BASE];
+    for direct in msrs().direct().filter(|direct| direct.read && direct.write) {
+        let is_reset = crate::vmx::live_state::MSRS.contains(&direct.msr);
+        assert!(
+            is_reset || switched.contains(&direct.msr),
+            "{:#x}",
+            direct.msr
+        );
+    }
+}

@@ -5,6 +5,7 @@
 mod control;
 mod cpuid;
 mod faults;
+mod initial;
 mod interrupts;
 mod io_apic;
 mod legacy;
@@ -16,6 +17,7 @@ mod uart;
 vireo_test_guests::guest!(run);
 
 fn run() {
+    initial::check_all();
     cpuid::check_all();
     tables::check_all();
     msr::check_all();
