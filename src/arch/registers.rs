@@ -1,10 +1,11 @@
 //! The general registers, as one block in memory.
 
+use core::mem::offset_of;
+
 /// The sixteen general registers in the order of their encoding.
 ///
-/// The exit stub makes this block with pushes, R15 first and RAX last. The
-/// stack pointer's slot is only room there: the caller that needs RSP fills it
-/// in, and takes it back after a change.
+/// The exit stub fills this block. The stack pointer's slot is only room there:
+/// the caller that needs RSP fills it in, and takes it back after a change.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct GeneralRegisters {
@@ -46,6 +47,39 @@ impl GeneralRegisters {
         unsafe { *(&raw mut *self).cast::<u64>().add(usize::from(index & 15)) = value }
     }
 
+    /// The first four.
+    #[inline]
+    pub fn light(&mut self) -> &mut LightRegisters {
+        // SAFETY: both are `repr(C)`, and the fields of `LightRegisters` are the first of these
+        // (asserted below).
+        unsafe { &mut *(&raw mut *self).cast() }
+    }
+}
+
+/// The first four general registers: all that the instructions of light exits use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct LightRegisters {
+    pub rax: u64,
+    pub rcx: u64,
+    pub rdx: u64,
+    pub rbx: u64,
+}
+
+impl From<[u32; 4]> for LightRegisters {
+    /// From EAX, EBX, ECX and EDX, the order in which CPUID is documented.
+    #[inline(always)]
+    fn from([eax, ebx, ecx, edx]: [u32; 4]) -> Self {
+        Self {
+            rax: eax.into(),
+            rcx: ecx.into(),
+            rdx: edx.into(),
+            rbx: ebx.into(),
+        }
+    }
+}
+
+impl LightRegisters {
     /// EDX:EAX, as RDMSR, WRMSR, XSETBV and RDTSC use them.
     #[inline]
     pub fn edx_eax(&self) -> u64 {
@@ -61,6 +95,12 @@ impl GeneralRegisters {
 }
 
 const _: () = assert!(size_of::<GeneralRegisters>() == 16 * size_of::<u64>());
+const _: () = {
+    assert!(offset_of!(GeneralRegisters, rax) == offset_of!(LightRegisters, rax));
+    assert!(offset_of!(GeneralRegisters, rcx) == offset_of!(LightRegisters, rcx));
+    assert!(offset_of!(GeneralRegisters, rdx) == offset_of!(LightRegisters, rdx));
+    assert!(offset_of!(GeneralRegisters, rbx) == offset_of!(LightRegisters, rbx));
+};
 
 #[cfg(test)]
 mod tests {
@@ -88,6 +128,7 @@ mod tests {
             rdx: u64::MAX << 32 | 7,
             ..Default::default()
         };
+        let registers = registers.light();
         assert_eq!(registers.edx_eax(), 7 << 32 | 0xffff_ffff);
         registers.set_edx_eax(0x1234_5678_9abc_def0);
         assert_eq!((registers.rdx, registers.rax), (0x1234_5678, 0x9abc_def0));

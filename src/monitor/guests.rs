@@ -197,7 +197,7 @@ impl<'a> Loaded<'a> {
                 super::log::quiet(true);
                 let end = vcpu.run(&mut stack, &entry);
                 super::log::quiet(false);
-                info!("vm {}: {}", config.name, Exits(vcpu.counts()));
+                info!("vm {}: {}", config.name, Exits(stack.counts()));
                 end
             })
             .map_err(StartError::Setup);

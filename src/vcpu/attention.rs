@@ -17,6 +17,8 @@ bitflags! {
         const DEVICES = 1 << 1;
         /// Bytes between the guest's COM1 and the host's console.
         const CONSOLE = 1 << 2;
+        /// The preemption timer has fallen behind.
+        const TIMER = 1 << 4;
         /// The run loop has to do something: [`super::Leave`].
         const LEAVE = 1 << 3;
     }

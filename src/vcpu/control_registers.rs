@@ -6,7 +6,7 @@ use super::cpuid;
 use super::events::Exception;
 use crate::addr::Gpa;
 use crate::arch::cpu;
-use crate::arch::registers::GeneralRegisters;
+use crate::arch::registers::{GeneralRegisters, LightRegisters};
 use crate::vmx::capability::Capabilities;
 use crate::vmx::exit::ControlRegisterAccess;
 use crate::vmx::vmcs::{control, guest};
@@ -269,7 +269,7 @@ impl Vcpu {
         debug_assert!(flushed.is_ok());
     }
 
-    pub(super) fn xsetbv(&mut self, registers: &GeneralRegisters) -> Result<(), Exception> {
+    pub(super) fn xsetbv(&mut self, registers: &LightRegisters) -> Result<(), Exception> {
         let value = registers.edx_eax();
         let index = registers.rcx & 0xffff_ffff;
         if index != 0 || self.cpl() != 0 || !cpuid::xcr0_valid(value, &self.cpuid) {

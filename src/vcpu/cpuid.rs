@@ -191,15 +191,22 @@ impl CpuidTable {
 
     /// The registers that CPUID returns. A leaf above the highest basic or
     /// extended one gives the data of the highest basic leaf, as Intel's CPUs do.
-    #[inline]
     pub fn lookup(&self, leaf: u32, subleaf: u32) -> Registers {
-        let slot = self.directory[slot_of(leaf) % SLOTS];
-        if subleaf < u32::from(slot.count) {
-            return self.rows[(usize::from(slot.first) + subleaf as usize) % ROWS];
+        if let Some(row) = self.row(leaf, subleaf) {
+            return *row;
         }
+        let slot = self.directory[slot_of(leaf) % SLOTS];
         let mut row = self.rows[usize::from(slot.beyond) % ROWS];
         row[ECX] |= subleaf & u32::from(slot.echo);
         row
+    }
+
+    /// The same where the leaf has such a sub-leaf, or ignores it being 0.
+    #[inline(always)]
+    pub fn row(&self, leaf: u32, subleaf: u32) -> Option<&Registers> {
+        let slot = self.directory[slot_of(leaf) % SLOTS];
+        (subleaf < u32::from(slot.count))
+            .then(|| &self.rows[(usize::from(slot.first) + subleaf as usize) % ROWS])
     }
 
     /// Follows the guest's CR4.OSXSAVE: leaf 1 ECX bit 27 repeats it.

@@ -288,22 +288,22 @@ impl Vcpu {
 
     /// Moves past the instruction that exited, as completing it would: its
     /// shadow of STI and MOV SS ends, and single-stepping traps (SDM 3, 27.7.3).
-    #[inline]
+    #[inline(always)]
     pub(super) fn skip_instruction(&mut self) {
-        let length = self.vmcs.read(information::INSTRUCTION_LENGTH);
+        let length = self.vmcs.read_basic(information::INSTRUCTION_LENGTH);
         self.advance_rip(length);
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn advance_rip(&mut self, length: u32) {
-        let rip = self.vmcs.read(guest::RIP);
+        let rip = self.vmcs.read_basic(guest::RIP);
         let mut next = rip.wrapping_add(u64::from(length));
-        if next >> 32 != rip >> 32 && !self.is_64_bit() {
+        if (next as u32) < length && !self.is_64_bit() {
             // EIP wraps, and an entry refuses anything above it (SDM 3, 27.3.1.4).
             next &= 0xffff_ffff;
         }
         self.vmcs.write(guest::RIP, next);
-        let interruptibility = self.vmcs.read(guest::INTERRUPTIBILITY);
+        let interruptibility = self.vmcs.read_basic(guest::INTERRUPTIBILITY);
         let shadow = BLOCKED_BY_STI | BLOCKED_BY_MOV_SS;
         if interruptibility & shadow != 0 {
             self.vmcs
@@ -314,14 +314,20 @@ impl Vcpu {
 
     /// The trap after an instruction, or an iteration of one, that the hypervisor has
     /// completed.
+    #[inline(always)]
     pub(super) fn trap_single_step(&mut self) {
         const RFLAGS_TF: u64 = 1 << 8;
+        if self.vmcs.read_basic(guest::RFLAGS) & RFLAGS_TF != 0 {
+            self.set_single_step_trap();
+        }
+    }
+
+    #[cold]
+    fn set_single_step_trap(&mut self) {
         const SINGLE_STEP: u64 = 1 << 14;
         const DEBUGCTL_BTF: u64 = 1 << 1;
         // With BTF only branches trap, and nothing that exits branches (SDM 3, 18.4.3).
-        if self.vmcs.read(guest::RFLAGS) & RFLAGS_TF != 0
-            && self.vmcs.read(guest::DEBUGCTL) & DEBUGCTL_BTF == 0
-        {
+        if self.vmcs.read(guest::DEBUGCTL) & DEBUGCTL_BTF == 0 {
             let pending = self.vmcs.read(guest::PENDING_DEBUG);
             self.vmcs.write(guest::PENDING_DEBUG, pending | SINGLE_STEP);
         }

@@ -1,13 +1,14 @@
-//! VM exits, answered: one `match`, one line for each reason.
+//! VM exits, answered: one `match`, one line for each reason. What is frequent has a
+//! short cut in [`super::light`].
 
 use super::events::Exception;
 use super::run::End;
-use super::{Attention, Leave, Vcpu};
+use super::{Attention, Leave, Vcpu, light};
 use crate::addr::Gva;
 use crate::arch::cpu;
-use crate::arch::registers::GeneralRegisters;
+use crate::arch::registers::{GeneralRegisters, LightRegisters};
 use crate::host::interrupts;
-use crate::vmx::entry::{Guest, Next};
+use crate::vmx::entry::{Guest, LightTable, Next};
 use crate::vmx::exit::{Exit, InterruptionInfo};
 use crate::vmx::vmcs::{guest, information};
 
@@ -15,19 +16,19 @@ use crate::vmx::vmcs::{guest, information};
 const NO_SUCH_HYPERCALL: u64 = -1000i64 as u64;
 
 impl Guest for Vcpu {
+    const LIGHT: &'static LightTable<Self> = &light::TABLE;
+
     fn exit(&mut self, registers: &mut GeneralRegisters) -> Next {
         let reason = self.vmcs.read(information::EXIT_REASON);
-        if let Some(count) = self.counts.get_mut(usize::from(reason as u16)) {
-            *count += 1;
-        }
         if let Err(exception) = self.answer(Exit::decode(reason, &self.vmcs), registers) {
             self.raise(exception);
         }
-        if !self.attention.is_empty() {
-            return self.attend();
-        }
-        self.correct_timer();
-        Next::Resume
+        self.count_light_exit();
+        self.attend()
+    }
+
+    fn attend(&mut self) -> Next {
+        self.look_around()
     }
 }
 
@@ -35,30 +36,19 @@ impl Vcpu {
     #[inline(always)]
     fn answer(&mut self, exit: Exit, registers: &mut GeneralRegisters) -> Result<(), Exception> {
         match exit {
-            Exit::Cpuid => {
-                let result = self
-                    .cpuid
-                    .lookup(registers.rax as u32, registers.rcx as u32);
-                registers.rax = result[0].into();
-                registers.rbx = result[1].into();
-                registers.rcx = result[2].into();
-                registers.rdx = result[3].into();
-                self.skip_instruction();
-            }
-            Exit::Rdmsr => self.rdmsr(registers)?,
-            Exit::Wrmsr => self.wrmsr(registers)?,
-            Exit::Io(access) => self.port(access, registers)?,
+            Exit::Cpuid => self.answer_cpuid(registers.light()),
+            Exit::Rdmsr => self.rdmsr(registers.light())?,
+            Exit::Wrmsr => self.wrmsr(registers.light())?,
+            Exit::Io(access) if access.string => self.string_port(access, registers)?,
+            Exit::Io(access) => self.port(access, registers.light())?,
             Exit::ControlRegister(access) => self.control_register(access, registers)?,
             Exit::EptViolation(violation) => self.ept_violation(violation, registers)?,
             Exit::Hlt => {
                 self.skip_instruction();
                 self.leave(Leave::Halt);
             }
-            Exit::Xsetbv => self.xsetbv(registers)?,
-            Exit::Vmcall => {
-                registers.rax = NO_SUCH_HYPERCALL;
-                self.skip_instruction();
-            }
+            Exit::Xsetbv => self.xsetbv(registers.light())?,
+            Exit::Vmcall => self.vmcall(registers.light()),
             Exit::ExternalInterrupt(vector) => {
                 interrupts::dispatch(vector);
                 // Its timer, the console, or nothing: cheaper to look than to know.
@@ -109,6 +99,18 @@ impl Vcpu {
             }),
         }
         Ok(())
+    }
+
+    fn answer_cpuid(&mut self, registers: &mut LightRegisters) {
+        let (leaf, subleaf) = (registers.rax as u32, registers.rcx as u32);
+        *registers = self.cpuid.lookup(leaf, subleaf).into();
+        self.skip_instruction();
+    }
+
+    #[inline(always)]
+    pub(super) fn vmcall(&mut self, registers: &mut LightRegisters) {
+        registers.rax = NO_SUCH_HYPERCALL;
+        self.skip_instruction();
     }
 
     fn exception_or_nmi(&mut self, info: InterruptionInfo) {

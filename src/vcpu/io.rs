@@ -4,7 +4,7 @@ use super::events::Exception;
 use super::run::End;
 use super::{Attention, Vcpu};
 use crate::addr::Gva;
-use crate::arch::registers::GeneralRegisters;
+use crate::arch::registers::{GeneralRegisters, LightRegisters};
 use crate::devices::{Width, chipset::Request, pc};
 use crate::host::console;
 use crate::vmx::exit::IoAccess;
@@ -12,18 +12,18 @@ use crate::vmx::vmcs::{guest, information};
 
 const RFLAGS_DF: u64 = 1 << 10;
 
+fn width(access: IoAccess) -> Result<Width, Exception> {
+    Width::from_bytes(access.bytes.into()).ok_or(Exception::GeneralProtection)
+}
+
 impl Vcpu {
+    #[inline]
     pub(super) fn port(
         &mut self,
         access: IoAccess,
-        registers: &mut GeneralRegisters,
+        registers: &mut LightRegisters,
     ) -> Result<(), Exception> {
-        let Some(width) = Width::from_bytes(access.bytes.into()) else {
-            return Err(Exception::GeneralProtection);
-        };
-        if access.string {
-            return self.string_port(access, width, registers);
-        }
+        let width = width(access)?;
         if access.input {
             let value = u64::from(self.port_in(access.port, width));
             // A 32-bit result clears the upper half; smaller ones leave the rest (SDM 1, 3.4.1.1).
@@ -41,12 +41,12 @@ impl Vcpu {
 
     /// One element of INS or OUTS; with a repeat prefix the instruction is
     /// executed again for the next, so that interrupts come in between.
-    fn string_port(
+    pub(super) fn string_port(
         &mut self,
         access: IoAccess,
-        width: Width,
         registers: &mut GeneralRegisters,
     ) -> Result<(), Exception> {
+        let width = width(access)?;
         // Address size: bits 9:7 of the instruction information (SDM 3, table 28-8).
         let size = self.vmcs.read(information::INSTRUCTION_INFO) >> 7 & 7;
         let mask = match size {

@@ -13,6 +13,7 @@ pub mod emulate;
 pub mod events;
 pub mod exits;
 pub mod io;
+mod light;
 pub mod mmio;
 pub mod model_specific;
 pub mod msr;
@@ -70,7 +71,6 @@ pub struct Vcpu {
     timer: timer::EntryTimer,
     /// Why the guest is to be left.
     leave: Option<Leave>,
-    counts: Box<[u64; crate::vmx::exit_reason::REASONS]>,
 }
 
 /// Why the run loop has to do something.
@@ -89,10 +89,5 @@ impl Vcpu {
     fn leave(&mut self, leave: Leave) {
         self.leave = Some(leave);
         self.attention |= Attention::LEAVE;
-    }
-
-    /// Exits by basic reason so far.
-    pub fn counts(&self) -> &[u64] {
-        &self.counts[..]
     }
 }

@@ -4,7 +4,7 @@ use super::Vcpu;
 use super::events::Exception;
 use super::msr::{GeneralProtection, Held, MsrRead, MsrWrite};
 use super::pvclock::{self, SystemTime};
-use crate::arch::registers::GeneralRegisters;
+use crate::arch::registers::LightRegisters;
 use crate::devices::local_apic::{Fault, Mode};
 use crate::vmx::vmcs::guest;
 
@@ -27,7 +27,7 @@ impl From<Fault> for Exception {
 }
 
 impl Vcpu {
-    pub(super) fn rdmsr(&mut self, registers: &mut GeneralRegisters) -> Result<(), Exception> {
+    pub(super) fn rdmsr(&mut self, registers: &mut LightRegisters) -> Result<(), Exception> {
         let value = match self.msrs.read(registers.rcx as u32)? {
             MsrRead::Value(value) => value,
             MsrRead::Held(held) => self.read_held(held)?,
@@ -37,7 +37,7 @@ impl Vcpu {
         Ok(())
     }
 
-    pub(super) fn wrmsr(&mut self, registers: &mut GeneralRegisters) -> Result<(), Exception> {
+    pub(super) fn wrmsr(&mut self, registers: &mut LightRegisters) -> Result<(), Exception> {
         let value = registers.edx_eax();
         match self.msrs.write(registers.rcx as u32, value)? {
             MsrWrite::Done => {}

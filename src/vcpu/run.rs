@@ -129,7 +129,7 @@ impl Vcpu {
         loop {
             // What a wait, or the start, has changed.
             self.attention |= Attention::DEVICES | Attention::CONSOLE;
-            self.attend();
+            self.look_around();
             let left = entry.run(self);
             match left {
                 Left::Handler => {}
@@ -150,8 +150,7 @@ impl Vcpu {
 
     /// Everything that has to be right before the guest runs on: devices brought
     /// up to now, their interrupts delivered, one event chosen, the timer set.
-    #[inline(never)]
-    pub(super) fn attend(&mut self) -> Next {
+    pub(super) fn look_around(&mut self) -> Next {
         let attention = mem::replace(&mut self.attention, Attention::empty());
         if attention.contains(Attention::LEAVE) {
             return Next::Leave;
@@ -159,12 +158,18 @@ impl Vcpu {
         if attention.contains(Attention::CONSOLE) {
             self.pump_console();
         }
-        let now = self.now();
         if attention.intersects(Attention::DEVICES | Attention::CONSOLE) {
+            let now = self.now();
             self.advance(now);
+            self.set_timer(now);
+        } else if attention.contains(Attention::TIMER) {
+            self.write_timer(self.now());
         }
-        self.inject();
-        self.set_timer(now);
+        // What devices have delivered is injected now too.
+        let delivered = mem::replace(&mut self.attention, Attention::empty());
+        if (attention | delivered) - Attention::TIMER != Attention::empty() {
+            self.inject();
+        }
         Next::Resume
     }
 

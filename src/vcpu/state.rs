@@ -167,7 +167,6 @@ impl Vcpu {
             attention: Attention::empty(),
             timer: EntryTimer::UNSET,
             leave: None,
-            counts: Box::new([0; crate::vmx::exit_reason::REASONS]),
             vm,
             vmx,
             vmcs,

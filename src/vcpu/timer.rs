@@ -6,7 +6,7 @@
 //! [`LIGHT_EXITS`] of them it is set again. A CPU that cannot save the timer gets it
 //! set at each exit, and one without it has the host's local APIC interrupt.
 
-use super::Vcpu;
+use super::{Attention, Vcpu};
 use crate::devices::Ticks;
 use crate::host::time;
 use crate::vmx::vmcs::guest;
@@ -45,12 +45,13 @@ impl EntryTimer {
 }
 
 impl Vcpu {
-    /// Follows an exit that moved no deadline.
+    /// Counts an exit, and asks for the timer to be set after too many.
     #[inline(always)]
-    pub(super) fn correct_timer(&mut self) {
-        match self.timer.light_exits.checked_sub(1) {
-            Some(left) => self.timer.light_exits = left,
-            None => self.write_timer(self.now()),
+    pub(super) fn count_light_exit(&mut self) {
+        let (left, none) = self.timer.light_exits.overflowing_sub(1);
+        self.timer.light_exits = left;
+        if none {
+            self.attention |= Attention::TIMER;
         }
     }
 
@@ -69,8 +70,8 @@ impl Vcpu {
         self.write_timer(now);
     }
 
-    #[inline(never)]
-    fn write_timer(&mut self, now: Ticks) {
+    /// Sets it for the deadline that is known.
+    pub(super) fn write_timer(&mut self, now: Ticks) {
         let controls = self.vmx.controls;
         let deadline = self.timer.deadline;
         let ticks = deadline.0.saturating_sub(now.0);

@@ -1,19 +1,27 @@
 //! The way into the guest and back: the whole exit path that is not Rust.
 //!
 //! A vCPU has a stack of its own, and at its top a [`Frame`]. The host stack
-//! pointer in the VMCS is constant: it points right behind the frame's
-//! register block, so that the exit stub's pushes *are* the block, and the
-//! handler's stack continues below it. Nothing else is saved, because the
-//! hypervisor touches nothing else.
+//! pointer in the VMCS is constant: it points at the frame, whose beginning is
+//! the register block, so that the exit stub knows where everything is, and the
+//! handlers' stack is what lies below.
 //!
 //! ```text
-//!   higher   handler, run_rsp, context     rest of the frame
-//!            r15 ... rax                   register block, made by 16 pushes   <- host RSP
-//!   lower    the handler's stack
+//!   higher   counts, handlers, run_rsp, context   rest of the frame
+//!            r15 ... rax <- host RSP              register block
+//!   lower    the handlers' stack
 //! ```
+//!
+//! An exit takes one of two ways. The stub stores the ten registers that
+//! compiled code may change, counts the exit by its reason and calls the *light*
+//! handler of that reason: a table of functions that see RAX, RBX, RCX and RDX. Mostly
+//! that was all, and the ten are loaded again. Where the light handler says so, the
+//! other five are stored too and the *heavy* handler is called, which sees all
+//! of them and may leave the run. Nothing else is saved on either way, because
+//! the hypervisor touches nothing else.
 
-use super::vmcs::{Vmcs, host};
-use crate::arch::registers::GeneralRegisters;
+use super::exit_reason::REASONS;
+use super::vmcs::{Vmcs, host, information};
+use crate::arch::registers::{GeneralRegisters, LightRegisters};
 use crate::host::memory::paging::MapError;
 use crate::host::memory::stack::Stack;
 use core::arch::naked_asm;
@@ -23,10 +31,36 @@ use core::ptr;
 /// Pages of a vCPU's stack, the frame at its top included.
 const STACK_PAGES: u64 = 8;
 
-/// Who answers VM exits.
-pub trait Guest {
-    /// Answers one exit, on the vCPU's own stack, with interrupts off.
+/// Answers one exit that needs no more than these registers.
+pub type LightHandler<G> = extern "C" fn(&mut G, &mut LightRegisters) -> Verdict;
+
+/// Light handlers by basic exit reason.
+pub type LightTable<G> = [LightHandler<G>; REASONS];
+
+/// Who answers VM exits: on the vCPU's own stack, with interrupts off.
+pub trait Guest: Sized + 'static {
+    /// What is asked first.
+    const LIGHT: &'static LightTable<Self>;
+
+    /// Answers an exit for which its light handler said [`Verdict::HEAVY`], or whose
+    /// reason has none.
     fn exit(&mut self, registers: &mut GeneralRegisters) -> Next;
+
+    /// Does what a light handler has left to do.
+    fn attend(&mut self) -> Next;
+}
+
+/// What a light handler says: [`Verdict::RESUME`], [`Verdict::HEAVY`], or anything
+/// else where the exit is answered and [`Guest::attend`] is to be called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Verdict(pub u32);
+
+impl Verdict {
+    /// The exit is answered: straight back into the guest.
+    pub const RESUME: Self = Self(0);
+    /// The exit is not answered, and nothing was done.
+    pub const HEAVY: Self = Self(u32::MAX);
 }
 
 /// A vCPU's stack with the frame at its top.
@@ -43,10 +77,7 @@ impl Entry {
         let entry = Self {
             stack: Stack::new(STACK_PAGES)?,
         };
-        vmcs.write(
-            host::RSP,
-            entry.frame() as u64 + size_of::<GeneralRegisters>() as u64,
-        );
+        vmcs.write(host::RSP, entry.frame() as u64);
         vmcs.write(host::RIP, exit_stub as *const () as u64);
         Ok(entry)
     }
@@ -61,6 +92,12 @@ impl Entry {
         unsafe { &mut (*self.frame()).registers }
     }
 
+    /// Exits so far, by basic reason.
+    pub fn counts(&self) -> &[u64] {
+        // SAFETY: as in `registers`, borrowed shared.
+        unsafe { &(*self.frame()).counts }
+    }
+
     /// Runs the guest whose VMCS is current, until `guest` asks to leave.
     pub fn run<G: Guest>(&mut self, guest: &mut G) -> Left {
         let frame = self.frame();
@@ -69,19 +106,24 @@ impl Entry {
         // call, and reaches the handler only while `enter` waits.
         unsafe {
             ptr::addr_of_mut!((*frame).handler).write(answer::<G>);
+            ptr::addr_of_mut!((*frame).light).write(ptr::from_ref(G::LIGHT).cast());
             ptr::addr_of_mut!((*frame).context).write(ptr::from_mut(guest).cast());
             enter(frame)
         }
     }
 }
 
-extern "C" fn answer<G: Guest>(frame: &mut Frame) -> Next {
+extern "C" fn answer<G: Guest>(frame: &mut Frame, verdict: Verdict) -> Next {
     // SAFETY: `Entry::run` stored a `G` that it borrows until the guest has left.
     let guest = unsafe { &mut *frame.context.cast::<G>() };
-    guest.exit(&mut frame.registers)
+    if verdict == Verdict::HEAVY {
+        guest.exit(&mut frame.registers)
+    } else {
+        guest.attend()
+    }
 }
 
-/// What the exit handler wants next.
+/// What the heavy handler wants next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
 pub enum Next {
@@ -108,25 +150,32 @@ pub enum Left {
 struct Frame {
     /// The guest's registers while the host runs.
     registers: GeneralRegisters,
-    /// Called at each VM exit.
-    handler: extern "C" fn(&mut Frame) -> Next,
+    /// Called where a light handler was not enough.
+    handler: extern "C" fn(&mut Frame, Verdict) -> Next,
+    /// The [`LightTable`] of the guest.
+    light: *const (),
     /// The stack pointer of [`enter`]'s caller.
     run_rsp: u64,
-    /// The guest of the handler.
+    /// The guest of the handlers.
     context: *mut (),
+    counts: [u64; REASONS],
 }
 
+const BLOCK: usize = size_of::<GeneralRegisters>();
 const HANDLER: usize = offset_of!(Frame, handler);
+const LIGHT: usize = offset_of!(Frame, light);
+const CONTEXT: usize = offset_of!(Frame, context);
+const COUNTS: usize = offset_of!(Frame, counts);
 const RUN_RSP: usize = offset_of!(Frame, run_rsp);
 /// As seen when the register block is popped.
-const RUN_RSP_BEHIND: usize = RUN_RSP - size_of::<GeneralRegisters>();
+const RUN_RSP_BEHIND: usize = RUN_RSP - BLOCK;
 
 /// Runs the guest until the handler asks to leave.
 ///
 /// # Safety
 /// The current VMCS is complete; its host RIP is [`exit_stub`] and its host
-/// RSP the end of the register block of `frame`, which lies at the top of a
-/// stack that nothing else uses. Interrupts are off.
+/// RSP is `frame`, which lies at the top of a stack that nothing else uses.
+/// Interrupts are off.
 #[unsafe(naked)]
 unsafe extern "C" fn enter(frame: *mut Frame) -> Left {
     naked_asm!(
@@ -148,23 +197,68 @@ unsafe extern "C" fn enter(frame: *mut Frame) -> Left {
 #[unsafe(naked)]
 unsafe extern "C" fn exit_stub() {
     naked_asm!(
-        "push r15",
-        "push r14",
-        "push r13",
-        "push r12",
-        "push r11",
-        "push r10",
-        "push r9",
-        "push r8",
-        "push rdi",
-        "push rsi",
-        "push rbp",
-        "push rax", // the slot of RSP, which the VMCS has
-        "push rbx",
-        "push rdx",
-        "push rcx",
-        "push rax",
+        "mov [rsp + 8 * 0], rax",
+        "mov [rsp + 8 * 1], rcx",
+        "mov [rsp + 8 * 2], rdx",
+        "mov [rsp + 8 * 3], rbx",
+        "mov [rsp + 8 * 6], rsi",
+        "mov [rsp + 8 * 7], rdi",
+        "mov [rsp + 8 * 8], r8",
+        "mov [rsp + 8 * 9], r9",
+        "mov [rsp + 8 * 10], r10",
+        "mov [rsp + 8 * 11], r11",
+        "mov ecx, {reason}",
+        "vmread rax, rcx",
+        // Reasons of failed entries have bit 31 set.
+        "cmp rax, {reasons}",
+        "jae 2f",
+        "inc qword ptr [rsp + 8 * rax + {counts}]",
+        "mov rdi, [rsp + {context}]",
+        "mov rsi, rsp",
+        "mov rcx, [rsp + {light}]",
+        "call [rcx + 8 * rax]",
+        "test eax, eax",
+        "jnz {heavy}",
+        "mov rax, [rsp + 8 * 0]",
+        "mov rcx, [rsp + 8 * 1]",
+        "mov rdx, [rsp + 8 * 2]",
+        "mov rbx, [rsp + 8 * 3]",
+        "mov rsi, [rsp + 8 * 6]",
+        "mov rdi, [rsp + 8 * 7]",
+        "mov r8, [rsp + 8 * 8]",
+        "mov r9, [rsp + 8 * 9]",
+        "mov r10, [rsp + 8 * 10]",
+        "mov r11, [rsp + 8 * 11]",
+        "vmresume",
+        // As `failed` expects it.
+        "lea rsp, [rsp + {block}]",
+        "jmp {failed}",
+        "2:",
+        "mov eax, {unanswered}",
+        "jmp {heavy}",
+        block = const BLOCK,
+        reason = const information::EXIT_REASON.encoding(),
+        reasons = const REASONS,
+        counts = const COUNTS,
+        context = const CONTEXT,
+        light = const LIGHT,
+        unanswered = const Verdict::HEAVY.0,
+        heavy = sym heavy,
+        failed = sym failed,
+    )
+}
+
+/// The rest of an exit for which a light handler was not enough; EAX has its [`Verdict`].
+#[unsafe(naked)]
+unsafe extern "C" fn heavy() {
+    naked_asm!(
+        "mov [rsp + 8 * 5], rbp",
+        "mov [rsp + 8 * 12], r12",
+        "mov [rsp + 8 * 13], r13",
+        "mov [rsp + 8 * 14], r14",
+        "mov [rsp + 8 * 15], r15",
         "mov rdi, rsp",
+        "mov esi, eax",
         "call [rsp + {handler}]",
         "test eax, eax",
         "jz {resume}",
@@ -207,7 +301,16 @@ unsafe extern "C" fn resume() {
         "pop r15",
         "vmresume",
         "vmlaunch",
-        // Neither entered: CF is VMfailInvalid, ZF VMfailValid. None of these change flags.
+        "jmp {failed}",
+        failed = sym failed,
+    )
+}
+
+/// Neither entered: CF is VMfailInvalid, ZF VMfailValid. Returns to [`enter`]'s caller.
+#[unsafe(naked)]
+unsafe extern "C" fn failed() {
+    naked_asm!(
+        // None of these change flags.
         "mov rsp, [rsp + {run_rsp}]",
         "pop r15",
         "pop r14",

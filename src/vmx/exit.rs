@@ -153,7 +153,9 @@ pub struct IoAccess {
 }
 
 impl IoAccess {
-    const fn decode(qualification: u64) -> Self {
+    /// From the exit qualification.
+    #[inline]
+    pub const fn decode(qualification: u64) -> Self {
         Self {
             port: (qualification >> 16) as u16,
             bytes: (qualification & 7) as u8 + 1,

@@ -3,6 +3,18 @@
 /// How many basic exit reasons are counted one by one.
 pub const REASONS: usize = 80;
 
+/// Reasons that have a light handler.
+pub mod number {
+    pub const CPUID: usize = 10;
+    pub const INVD: usize = 13;
+    pub const VMCALL: usize = 18;
+    pub const IO: usize = 30;
+    pub const RDMSR: usize = 31;
+    pub const WRMSR: usize = 32;
+    pub const PAUSE: usize = 40;
+    pub const WBINVD: usize = 54;
+}
+
 /// The name of a basic exit reason.
 pub const fn name(reason: usize) -> &'static str {
     match reason {

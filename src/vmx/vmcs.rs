@@ -27,6 +27,11 @@ impl<V, A> Clone for Field<V, A> {
 impl<V, A> Copy for Field<V, A> {}
 
 impl<V, A> Field<V, A> {
+    /// Its encoding, for the stubs.
+    pub const fn encoding(self) -> u32 {
+        self.encoding
+    }
+
     const fn new(encoding: u32) -> Self {
         Self {
             encoding,
@@ -241,6 +246,17 @@ impl Vmcs {
     #[inline(always)]
     pub fn read<V: Value, A>(&self, field: Field<V, A>) -> V {
         V::narrow(self.read_raw(field.encoding))
+    }
+
+    /// Reads a field that every CPU with VT-x has.
+    #[inline(always)]
+    pub fn read_basic<V: Value, A>(&self, field: Field<V, A>) -> V {
+        let bits: u64;
+        // SAFETY: as in `read_raw`; the field exists, so the register is written.
+        unsafe {
+            asm!("vmread {}, {}", out(reg) bits, in(reg) u64::from(field.encoding), options(nomem, nostack));
+        }
+        V::narrow(bits)
     }
 
     /// Reads by encoding, for reports that walk over fields.
