@@ -5,7 +5,7 @@ use crate::figures::{Baseline, Boot, Figures};
 use crate::machine::{Bare, Machine, MachineConfig, Platform, nested_vmx, rig};
 use crate::progress::Progress;
 use crate::provision::Provisioner;
-use crate::session::{End, Report, Session, Streams, input_is_terminal};
+use crate::session::{End, Limit, Report, Session, Streams, input_is_terminal};
 use crate::verdict::Verdict;
 use crate::volume::{Job, Single, Volume, parse_memory};
 use crate::{build, image, paths, symbols};
@@ -16,7 +16,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// The limit where nobody is there to notice that a machine hangs.
+/// How long a machine may be silent where nobody is there to notice it.
 const UNATTENDED: Duration = Duration::from_secs(600);
 
 /// The disk image in the folder of a run.
@@ -68,7 +68,7 @@ pub struct Options {
     /// Keep what the emulator writes, and the console's log, in this folder
     #[arg(long, value_name = "FOLDER")]
     folder: Option<PathBuf>,
-    /// End a machine that takes longer; without a terminal the limit is 600
+    /// End a machine that takes longer; without a terminal, one is ended that says nothing for 600
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
     /// Bochs: executed instructions that make an emulated second; figures in time need 400000000
@@ -198,17 +198,18 @@ pub fn run(options: &Options) -> Result<u8> {
             input: !input_is_terminal(),
         }
     };
-    let timeout = options
-        .timeout
-        .map(Duration::from_secs)
-        .or((!terminal).then_some(UNATTENDED));
+    let limit = match options.timeout {
+        Some(seconds) => Limit::Total(Duration::from_secs(seconds)),
+        None if terminal => Limit::None,
+        None => Limit::Silence(UNATTENDED),
+    };
     let log = folder.path.join("serial.log");
     let report = Session {
         machine,
         vireo: matches!(system, System::Vireo(_)),
         streams,
         log,
-        timeout,
+        limit,
         progress: &progress,
     }
     .run();

@@ -5,10 +5,10 @@ use crate::framing::{BLOCK, Event, Framer, input_line};
 use crate::machine::Machine;
 use crate::progress::Progress;
 use crate::terminal::{self, Keys, Raw};
-use crate::verdict::Watcher;
+use crate::verdict::{Tail, Watcher};
 use anyhow::{Context, Result, anyhow, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGPIPE, SIGTERM};
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::AsFd;
@@ -41,8 +41,29 @@ pub enum End {
     Status(i32),
     /// The user has left.
     Left,
-    /// A signal with this number has ended us.
+    /// A signal with this number has ended us, or would have.
     Signal(i32),
+}
+
+/// How long a machine may take.
+#[derive(Clone, Copy, Debug)]
+pub enum Limit {
+    /// Somebody watches.
+    None,
+    /// From its start to its end.
+    Total(Duration),
+    /// From its start or its job's last output or input to its end.
+    Silence(Duration),
+}
+
+impl Limit {
+    /// When it is over, from now.
+    fn deadline(self) -> Option<Instant> {
+        match self {
+            Self::None => None,
+            Self::Total(limit) | Self::Silence(limit) => Some(Instant::now() + limit),
+        }
+    }
 }
 
 /// A session about to run.
@@ -56,7 +77,7 @@ pub struct Session<'a> {
     /// Everything from the console is kept here.
     pub log: PathBuf,
     /// The most that it may take.
-    pub timeout: Option<Duration>,
+    pub limit: Limit,
     /// Where the stages are shown.
     pub progress: &'a Progress,
 }
@@ -96,6 +117,7 @@ struct Loop<'a> {
     log: File,
     signals: [(i32, UnixStream); 3],
     framer: Option<Framer>,
+    tail: Tail,
     stage: usize,
     /// The hypervisor has spoken, and not only the firmware.
     spoken: bool,
@@ -111,6 +133,8 @@ struct Loop<'a> {
     prompt: Option<Instant>,
     status: Option<i32>,
     deadline: Option<Instant>,
+    /// Nobody reads our standard output any more.
+    unread: bool,
 }
 
 /// The stages that a starting machine goes through.
@@ -124,7 +148,7 @@ impl<'a> Loop<'a> {
             Streams::Terminal | Streams::Console => None,
             Streams::Job { nonce, .. } => Some(Framer::new(nonce)),
         };
-        let deadline = session.timeout.map(|limit| Instant::now() + limit);
+        let deadline = session.limit.deadline();
         session.progress.stage(STAGES[0]);
         let vireo = session.vireo;
         let mut new = Self {
@@ -132,6 +156,7 @@ impl<'a> Loop<'a> {
             log,
             signals: [signal(SIGINT)?, signal(SIGTERM)?, signal(SIGHUP)?],
             framer,
+            tail: Tail::default(),
             stage: 0,
             spoken: false,
             raw: None,
@@ -143,6 +168,7 @@ impl<'a> Loop<'a> {
             prompt: None,
             status: None,
             deadline,
+            unread: false,
             session,
         };
         if !vireo {
@@ -179,6 +205,9 @@ impl<'a> Loop<'a> {
                     return self.ended();
                 }
                 self.receive(&buffer[..count])?;
+                if self.unread {
+                    return Ok(End::Signal(SIGPIPE));
+                }
                 if self.watcher.restarted {
                     return self.restarted();
                 }
@@ -253,22 +282,25 @@ impl<'a> Loop<'a> {
             return events.into_iter().try_for_each(|event| self.handle(event));
         }
         if !self.session.vireo {
-            return write_out(bytes);
+            return self.put(bytes);
         }
         for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
             let lines = self.watcher.push(piece);
             if self.spoken {
-                write_out(piece)?;
+                self.put(piece)?;
             } else if let Some(line) = lines.first() {
                 self.session.progress.clear();
                 self.open()?;
-                write_out(format!("{line}\r\n").as_bytes())?;
+                self.put(format!("{line}\r\n").as_bytes())?;
             }
         }
         Ok(())
     }
 
     fn handle(&mut self, event: Event) -> Result<()> {
+        if matches!(self.session.limit, Limit::Silence(_)) {
+            self.deadline = self.session.limit.deadline();
+        }
         match event {
             Event::Init(ticks) => self.init = Some(ticks),
             Event::Begin => {
@@ -276,7 +308,10 @@ impl<'a> Loop<'a> {
                 self.prompt = Some(Instant::now());
                 self.stage = STAGES.len();
             }
-            Event::Output(bytes) => write_out(&bytes)?,
+            Event::Output(bytes) => {
+                let bytes = self.tail.push(&bytes);
+                self.put(&bytes)?;
+            }
             Event::More => {
                 self.wanted = matches!(self.session.streams, Streams::Job { input: true, .. });
                 if !self.wanted {
@@ -284,6 +319,8 @@ impl<'a> Loop<'a> {
                 }
             }
             Event::End(status) => {
+                let bytes = self.tail.end();
+                self.put(&bytes)?;
                 self.wanted = false;
                 self.status = Some(status);
                 let limit = Instant::now() + POWER_OFF;
@@ -332,6 +369,16 @@ impl<'a> Loop<'a> {
         let piece: Vec<u8> = self.typed.drain(..PIECE.min(self.typed.len())).collect();
         self.next_piece = Instant::now() + PAUSE;
         self.send(&piece)
+    }
+
+    /// Writes to standard output, unbuffered: what was shown is shown.
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        let mut output = io::stdout().lock();
+        match output.write_all(bytes).and_then(|()| output.flush()) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => self.unread = true,
+            result => result.context("cannot write to the standard output")?,
+        }
+        Ok(())
     }
 
     /// Sends to the console. A machine that has just ended takes nothing more;
@@ -391,12 +438,18 @@ impl<'a> Loop<'a> {
                 .note("the guest's shell has ended, but its machine stays on: ending it");
             return Ok(End::Status(status));
         }
-        let seconds = self.session.timeout.unwrap_or_default().as_secs();
+        let time = match self.session.limit {
+            Limit::None => String::new(),
+            Limit::Total(limit) => format!(" within {} s", limit.as_secs()),
+            Limit::Silence(limit) => {
+                format!(" within {} s after its last output", limit.as_secs())
+            }
+        };
         let stage = STAGES
             .get(self.stage)
             .map_or("guest's shell", |stage| stage);
         bail!(
-            "the machine has not ended within {seconds} s (--timeout), it was last seen in the {stage}: \
+            "the machine has not ended{time} (--timeout), it was last seen in the {stage}: \
              its console is in {}",
             self.session.log.display()
         )
@@ -413,15 +466,6 @@ fn signal(number: i32) -> Result<(i32, UnixStream)> {
     let (read, write) = UnixStream::pair()?;
     signal_hook::low_level::pipe::register(number, write).context("cannot catch signals")?;
     Ok((number, read))
-}
-
-/// Writes to standard output, unbuffered: what was shown is shown.
-fn write_out(bytes: &[u8]) -> Result<()> {
-    let mut output = io::stdout().lock();
-    output
-        .write_all(bytes)
-        .and_then(|()| output.flush())
-        .context("cannot write to the standard output")
 }
 
 /// Whether standard input is a terminal, and so the guest's console.

@@ -134,9 +134,68 @@ impl Watcher {
     }
 }
 
+/// Keeps the hypervisor's last lines from a job's output. They look like
+/// lines of the guest's, but nothing of the guest follows them: so what starts
+/// like them is held until something else follows, or the job's end.
+#[derive(Default)]
+pub struct Tail {
+    held: Vec<u8>,
+    /// What was passed on last is the beginning of a line.
+    within_line: bool,
+}
+
+impl Tail {
+    /// Takes the next output and returns what can be passed on.
+    pub fn push(&mut self, bytes: &[u8]) -> Vec<u8> {
+        self.held.extend_from_slice(bytes);
+        let prefix = PREFIX.as_bytes();
+        let mut suspect = None;
+        let mut at = 0;
+        for line in self.held.split_inclusive(|&byte| byte == b'\n') {
+            let alike = line.starts_with(prefix) || prefix.starts_with(line);
+            if alike && !(at == 0 && self.within_line) {
+                suspect.get_or_insert(at);
+            } else {
+                suspect = None;
+            }
+            at += line.len();
+        }
+        let passed: Vec<u8> = self.held.drain(..suspect.unwrap_or(at)).collect();
+        if let Some(last) = passed.last() {
+            self.within_line = *last != b'\n';
+        }
+        passed
+    }
+
+    /// The job has ended by itself: the rest was its output.
+    pub fn end(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.held)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_words_of_the_hypervisor_are_no_output() {
+        let text =
+            b"a vireo: 1\nvireo: mine\nvi\nb\nvireo: vm a: 2 exits\r\nvireo: vm a: reset\r\n";
+        let guests = "a vireo: 1\nvireo: mine\nvi\nb\n";
+        for size in 1..text.len() {
+            let mut tail = Tail::default();
+            let passed: Vec<u8> = text
+                .chunks(size)
+                .flat_map(|piece| tail.push(piece))
+                .collect();
+            assert_eq!(
+                String::from_utf8_lossy(&passed),
+                guests,
+                "in pieces of {size}"
+            );
+            assert_eq!(guests.len() + tail.end().len(), text.len());
+        }
+    }
 
     #[test]
     fn verdict_lines_are_recognized() {
