@@ -12,6 +12,11 @@
 //! | [`vcpu`] | one virtual CPU: run loop, fast path, injection, CPUID and MSR policy |
 //! | [`monitor`] | the operator's view: log, console, statistics |
 //!
+//! "SDM" is the *Intel 64 and IA-32 Architectures Software Developer's Manual* by
+//! volume and section, in the numbering of the editions from 2023 on: in volume 3,
+//! paging is chapter 5, the local APIC 12, VM entries 27 and VM exits 28.
+//! Earlier editions have the same sections one or two chapters before.
+//!
 //! The library builds for the host too, so that its logic is tested by `cargo test`.
 #![cfg_attr(not(test), no_std)]
 

@@ -147,7 +147,7 @@ const CODE_DESCRIPTOR: u64 = 0x00af_9b00_0000_ffff;
 /// Flat data: present, ring 0, writable, accessed.
 const DATA_DESCRIPTOR: u64 = 0x00cf_9300_0000_ffff;
 
-/// One interrupt gate (SDM volume 3, 6.14.1).
+/// One interrupt gate (SDM volume 3, 7.14.1).
 #[derive(Clone, Copy)]
 #[repr(C, align(16))]
 struct Gate {
@@ -258,7 +258,7 @@ fn guarded_stacks() -> Result<[Hva; IST_VECTORS.len()], MapError> {
 }
 
 /// What the stub leaves on the stack: the general registers, the vector, the
-/// error code (0 where there is none), and what the CPU pushed (SDM volume 3, 6.14.2).
+/// error code (0 where there is none), and what the CPU pushed (SDM volume 3, 7.14.2).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct InterruptFrame {
@@ -287,7 +287,7 @@ pub struct InterruptFrame {
 }
 
 /// Vectors for which the CPU pushes an error code: 8, 10 to 14, 17, 21, 29, 30
-/// (SDM volume 3, table 6-1; AMD volume 2, table 8-1 for 29 and 30).
+/// (SDM volume 3, table 7-1; AMD volume 2, table 8-1 for 29 and 30).
 const WITH_ERROR_CODE: u64 = 1 << 8 | 0x1f << 10 | 1 << 17 | 1 << 21 | 1 << 29 | 1 << 30;
 
 /// Bytes from one vector's stub to the next.

@@ -104,7 +104,7 @@ fn write(register: Register, value: u32) {
     }
 }
 
-/// How an interrupt is delivered (SDM volume 3, 11.6.1).
+/// How an interrupt is delivered (SDM volume 3, 12.6.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Delivery {
@@ -280,7 +280,7 @@ pub fn send(command: Command) -> bool {
     match mode() {
         Mode::X2Apic => {
             // The write is not serializing: what the target shall find in
-            // memory must be visible before (SDM volume 3, 11.12.3).
+            // memory must be visible before (SDM volume 3, 12.12.3).
             // SAFETY: fences memory and loads, nothing else.
             unsafe { core::arch::asm!("mfence", "lfence", options(nostack, preserves_flags)) };
             // SAFETY: a well-formed command; what it does to its target is what the caller wants.
@@ -314,7 +314,7 @@ pub fn init_timer(hz: u64) {
     write(Register::DivideConfiguration, DIVIDE_BY_1);
     let mode = if deadline { TIMER_TSC_DEADLINE } else { 0 };
     write(Register::Timer, mode | u32::from(interrupts::TIMER));
-    // The mode must be in force before the first deadline is written (SDM volume 3, 11.5.4.1).
+    // The mode must be in force before the first deadline is written (SDM volume 3, 12.5.4.1).
     // SAFETY: fences memory, nothing else.
     unsafe { core::arch::asm!("mfence", options(nostack, preserves_flags)) };
 }

@@ -1,5 +1,5 @@
 //! CR0, CR4 and XCR0: which bits are the guest's own, and what a write to the
-//! others does (SDM 3, 2.5, 4.1 and 27.3.1.1).
+//! others does (SDM 3, 2.5, 5.1 and 27.3.1.1).
 
 use super::Vcpu;
 use super::cpuid;
@@ -189,7 +189,7 @@ impl Vcpu {
     fn switch_long_mode(&mut self, paging: bool, efer: u64) -> Result<(), Exception> {
         let long_code = self.vmcs.read(guest::CS_ACCESS_RIGHTS) & RIGHTS_LONG != 0;
         if paging {
-            // SDM 3, 10.8.5.
+            // SDM 3, 11.8.5.
             if self.cr4() & CR4_PAE == 0 || long_code {
                 return Err(Exception::GeneralProtection);
             }

@@ -485,7 +485,7 @@ impl CpuidTable {
         );
         let widths = leaf(EXTENDED + 8)[EAX];
         let (physical, linear) = match (widths & 0xff, widths >> 8 & 0xff) {
-            (0, _) => (36, 48), // a CPU without the leaf (SDM 3, 4.1.4)
+            (0, _) => (36, 48), // a CPU without the leaf (SDM 3, 5.1.4)
             (physical, linear) => (physical.min(MAX_ADDRESS_BITS), linear.min(MAX_ADDRESS_BITS)),
         };
         self.add(EXTENDED + 8, [linear << 8 | physical, 0, 0, 0]);

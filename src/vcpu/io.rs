@@ -47,7 +47,7 @@ impl Vcpu {
         registers: &mut GeneralRegisters,
     ) -> Result<(), Exception> {
         let width = width(access)?;
-        // Address size: bits 9:7 of the instruction information (SDM 3, table 28-8).
+        // Address size: bits 9:7 of the instruction information (SDM 3, 28.2.5).
         let size = self.vmcs.read(information::INSTRUCTION_INFO) >> 7 & 7;
         let mask = match size {
             0 => 0xffff,

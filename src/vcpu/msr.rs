@@ -269,7 +269,7 @@ impl Msrs {
                 }
                 accepted
             }
-            // Only 0 may be written (SDM 3, 17.3.1.2). XSS: leaf 0xD shows no supervisor component.
+            // Only 0 may be written (SDM 3, 16.3.1.2). XSS: leaf 0xD shows no supervisor component.
             MCG_STATUS => value == 0,
             XSS if self.xsaves => value == 0,
             0x0 | 0x1 => true,

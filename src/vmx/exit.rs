@@ -103,7 +103,7 @@ impl InterruptionInfo {
     }
 }
 
-/// Table 28-3.
+/// The exit qualification of a control-register access (28.2.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ControlRegisterAccess {
     /// MOV to CR`register` from general register `source`.
@@ -140,7 +140,7 @@ impl ControlRegisterAccess {
     }
 }
 
-/// Table 28-5.
+/// The exit qualification of an I/O instruction (28.2.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IoAccess {
     pub port: u16,
@@ -166,7 +166,7 @@ impl IoAccess {
     }
 }
 
-/// Table 28-7.
+/// The exit qualification of an EPT violation (28.2.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EptViolation {
     pub gpa: Gpa,

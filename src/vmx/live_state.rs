@@ -7,7 +7,7 @@ use crate::arch::{cpu, msr};
 use core::arch::asm;
 
 /// IA32_STAR, IA32_LSTAR, IA32_CSTAR, IA32_FMASK, IA32_KERNEL_GS_BASE, IA32_TSC_AUX,
-/// IA32_SPEC_CTRL: 0 at reset, the first four unchanged by it (SDM 3, table 11-1).
+/// IA32_SPEC_CTRL: 0 after power-on (SDM 3, table 11-1).
 pub const MSRS: [u32; 7] = [
     0xc000_0081,
     0xc000_0082,

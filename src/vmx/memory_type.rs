@@ -1,4 +1,4 @@
-//! Memory types, and what the MTRRs say of a range (SDM vol. 3, 12.11).
+//! Memory types, and what the MTRRs say of a range (SDM vol. 3, 13.11).
 //!
 //! EPT ignores the MTRRs, so whoever maps host memory puts the type that they
 //! give it into the EPT entry. A large page has one type: [`Mtrrs::uniform`]
@@ -25,7 +25,7 @@ const FIXED_END: u64 = 0x10_0000;
 /// As many variable ranges as any CPU has had room for in its MSR numbers (0x200 to 0x24f).
 const VARIABLE: usize = 40;
 
-/// A memory type, with its encoding in MTRRs, PAT and EPT (SDM vol. 3, table 12-8).
+/// A memory type, with its encoding in MTRRs, PAT and EPT (SDM vol. 3, table 13-8).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum MemoryType {
@@ -58,7 +58,7 @@ impl MemoryType {
         }
     }
 
-    /// The type where two variable ranges overlap (SDM vol. 3, 12.11.4.1). The
+    /// The type where two variable ranges overlap (SDM vol. 3, 13.11.4.1). The
     /// SDM leaves all but two cases undefined; there too, nothing is cached.
     const fn overlap(self, other: Self) -> Self {
         use MemoryType::{Uncacheable, WriteBack, WriteThrough};
@@ -101,7 +101,7 @@ impl Variable {
     }
 }
 
-/// The MTRRs of a CPU. All CPUs of a machine have the same (SDM vol. 3, 12.11.8).
+/// The MTRRs of a CPU. All CPUs of a machine have the same (SDM vol. 3, 13.11.8).
 #[derive(Clone, Debug)]
 pub struct Mtrrs {
     enabled: bool,
@@ -143,7 +143,7 @@ impl Mtrrs {
         }
     }
 
-    /// The memory type at `hpa` (SDM vol. 3, 12.11.4.1).
+    /// The memory type at `hpa` (SDM vol. 3, 13.11.4.1).
     pub fn memory_type(&self, hpa: Hpa) -> MemoryType {
         if !self.enabled {
             return MemoryType::Uncacheable;

@@ -48,7 +48,7 @@ trait TableMemory {
     fn allocate(&mut self) -> Option<Hpa>;
 }
 
-/// Four-level page tables (SDM volume 3, 4.5).
+/// Four-level page tables (SDM volume 3, 5.5).
 struct PageTables<M> {
     root: Hpa,
     memory: M,

@@ -3,14 +3,14 @@
 use super::fields::*;
 use super::{Checker, Event, bits};
 
-// Pin-based controls (SDM vol. 3, table 25-5).
+// Pin-based controls (SDM vol. 3, 25.6.1).
 pub const EXTERNAL_INTERRUPT_EXITING: u64 = 1 << 0;
 pub const NMI_EXITING: u64 = 1 << 3;
 pub const VIRTUAL_NMIS: u64 = 1 << 5;
 pub const PREEMPTION_TIMER: u64 = 1 << 6;
 pub const POSTED_INTERRUPTS: u64 = 1 << 7;
 
-// Primary processor-based controls (table 25-6).
+// Primary processor-based controls (25.6.2).
 pub const TPR_SHADOW: u64 = 1 << 21;
 pub const NMI_WINDOW_EXITING: u64 = 1 << 22;
 pub const IO_BITMAPS: u64 = 1 << 25;
@@ -18,7 +18,7 @@ pub const MONITOR_TRAP_FLAG: u64 = 1 << 27;
 pub const USE_MSR_BITMAPS: u64 = 1 << 28;
 pub const SECONDARY_CONTROLS: u64 = 1 << 31;
 
-// Secondary processor-based controls (table 25-7).
+// Secondary processor-based controls (25.6.2).
 pub const VIRTUALIZE_APIC_ACCESSES: u64 = 1 << 0;
 pub const ENABLE_EPT: u64 = 1 << 1;
 pub const VIRTUALIZE_X2APIC: u64 = 1 << 4;
@@ -35,14 +35,14 @@ pub const SUB_PAGE_WRITE: u64 = 1 << 23;
 pub const PT_GUEST_PHYSICAL: u64 = 1 << 24;
 pub const TSC_SCALING: u64 = 1 << 25;
 
-// VM-exit controls (table 25-13).
+// VM-exit controls (25.7.1).
 pub const HOST_ADDRESS_SPACE_SIZE: u64 = 1 << 9;
 pub const ACKNOWLEDGE_INTERRUPT: u64 = 1 << 15;
 pub const EXIT_LOAD_PAT: u64 = 1 << 19;
 pub const EXIT_LOAD_EFER: u64 = 1 << 21;
 pub const SAVE_PREEMPTION_TIMER: u64 = 1 << 22;
 
-// VM-entry controls (table 25-15).
+// VM-entry controls (25.8.1).
 pub const LOAD_DEBUG_CONTROLS: u64 = 1 << 2;
 pub const IA32E_MODE_GUEST: u64 = 1 << 9;
 pub const ENTRY_TO_SMM: u64 = 1 << 10;

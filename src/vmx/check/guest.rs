@@ -10,7 +10,7 @@ const HLT: u64 = 1;
 const SHUTDOWN: u64 = 2;
 const WAIT_FOR_SIPI: u64 = 3;
 
-// Interruptibility state (SDM vol. 3, table 25-3).
+// Interruptibility state (SDM vol. 3, 25.4.2).
 const BLOCKING_BY_STI: u64 = 1 << 0;
 const BLOCKING_BY_MOV_SS: u64 = 1 << 1;
 const BLOCKING_BY_SMI: u64 = 1 << 2;

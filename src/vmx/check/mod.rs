@@ -200,7 +200,7 @@ impl<'a> Checker<'a> {
     }
 }
 
-/// An event to inject (SDM vol. 3, table 25-17).
+/// An event to inject (SDM vol. 3, 25.8.3).
 #[derive(Clone, Copy)]
 struct Event {
     vector: u8,

@@ -15,7 +15,7 @@ const RESERVED: u64 = 0xfffe_0f00;
 const CODE_AND_DATA: [Segment; 6] = [CS, SS, DS, ES, FS, GS];
 const DATA: [Segment; 4] = [DS, ES, FS, GS];
 
-/// The access rights of a segment register (SDM vol. 3, table 25-2).
+/// The access rights of a segment register (SDM vol. 3, 25.4.1).
 #[derive(Clone, Copy)]
 struct AccessRights(u64);
 
