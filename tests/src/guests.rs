@@ -13,6 +13,7 @@ pub fn add(suite: &mut Suite) {
     suite.add("guests::pc_on_the_oldest_cpu", |case| {
         pc(case, &["--platform", "bochs", "--cpu", OLDEST])
     });
+    suite.add("guests::one_after_another", one_after_another);
     suite.add("guests::hang", |case| {
         stopped(
             case,
@@ -49,11 +50,17 @@ pub fn add(suite: &mut Suite) {
     suite.add("guests::spin", spin);
 }
 
+/// A guest in the configuration.
+fn entry(name: &str, kernel: &str) -> String {
+    format!("[[vm]]\nname = \"{name}\"\nmemory = \"64M\"\nkernel = \"{kernel}\"\n")
+}
+
 /// Boots the small guest `name` for at most `seconds`.
 fn boot(case: &mut Case, name: &str, options: &[&str], seconds: u64) -> Result<Outcome> {
-    let config = format!("[[vm]]\nname = \"{name}\"\nmemory = \"64M\"\nkernel = \"{name}\"\n");
     let kernel = paths::read(&build::guest(name)?)?;
-    let mut machine = case.machine().volume(&config, &[(name, &kernel)])?;
+    let mut machine = case
+        .machine()
+        .volume(&entry(name, name), &[(name, &kernel)])?;
     for option in options {
         machine = machine.options([option]);
     }
@@ -63,26 +70,64 @@ fn boot(case: &mut Case, name: &str, options: &[&str], seconds: u64) -> Result<O
 /// Every check of the guest is a result of its own.
 fn pc(case: &mut Case, options: &[&str]) -> Result<()> {
     let seen = boot(case, "pc", options, 240)?;
+    results(case, "", &seen.console);
+    case.check_equal("it powers off", seen.ending, Ending::Status(0));
+    Ok(())
+}
+
+/// Takes over the results that the guest shows on this console; `prefix` goes before their names.
+fn results(case: &mut Case, prefix: &str, console: &str) {
     let (mut passed, mut failed) = (0, 0);
-    for line in seen.console.lines() {
+    for line in console.lines() {
         let Some(line) = line.trim_end().strip_prefix("check: ") else {
             continue;
         };
         if let Some(name) = line.strip_suffix(": ok") {
             passed += 1;
-            case.record(name, Ok(()));
+            case.record(&format!("{prefix}{name}"), Ok(()));
         } else if let Some((name, found)) = line.split_once(": failed: ") {
             failed += 1;
-            case.record(name, Err(found.into()));
+            case.record(&format!("{prefix}{name}"), Err(found.into()));
         }
     }
     let total = format!("checks: {passed} passed, {failed} failed");
     case.check(
-        "the guest has counted as many",
-        passed > 0 && seen.console.lines().any(|line| line.trim_end() == total),
+        &format!("{prefix}the guest has counted as many"),
+        passed > 0 && console.lines().any(|line| line.trim_end() == total),
         total,
     );
-    case.check_equal("it powers off", seen.ending, Ending::Status(0));
+}
+
+/// Nothing of a guest is left for the next one, and one that is stopped takes
+/// nobody with it.
+fn one_after_another(case: &mut Case) -> Result<()> {
+    let config = [("first", "pc"), ("bad", "triple"), ("last", "pc")]
+        .map(|(name, kernel)| entry(name, kernel))
+        .concat();
+    let (pc, triple) = (build::guest("pc")?, build::guest("triple")?);
+    let files = [
+        ("pc", &*paths::read(&pc)?),
+        ("triple", &*paths::read(&triple)?),
+    ];
+    let seen = case.machine().volume(&config, &files)?.limit(300).run()?;
+    for name in ["first", "last"] {
+        let start = format!("vireo: vm {name}: started");
+        let end = format!("vireo: vm {name}: powered off");
+        let console = seen
+            .console
+            .split_once(&start)
+            .and_then(|(_, rest)| rest.split_once(&end))
+            .map_or("", |(console, _)| console);
+        results(case, &format!("{name}: "), console);
+    }
+    case.check(
+        "the sentence",
+        matches(
+            seen.ending.sentence(),
+            "the guest bad was stopped: triple fault at 0x@",
+        ),
+        format!("{:?}", seen.ending),
+    );
     Ok(())
 }
 
