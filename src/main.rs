@@ -9,7 +9,8 @@ use core::arch::naked_asm;
 use core::panic::PanicInfo;
 use log::{LevelFilter, error, info, warn};
 use vireo::host::{
-    acpi, console, descriptors, io_apic, local_apic, memory, panic, power, serial, time,
+    acpi, console, descriptors, framebuffer, io_apic, local_apic, memory, panic, power, serial,
+    time,
 };
 use vireo::{monitor, vmx};
 use vireo_handoff::{BootInfo, Handoff, MAGIC};
@@ -60,6 +61,11 @@ extern "C" fn main(handoff: *const Handoff) -> ! {
     // SAFETY: `boot` is what the loader handed over, and each of these runs once, in this order.
     unsafe {
         memory::init(&boot);
+        if let Some(screen) = &boot.framebuffer
+            && let Err(error) = framebuffer::init(screen)
+        {
+            warn!("the screen cannot be used: {error:?}");
+        }
         if let Err(error) = descriptors::guard_stacks() {
             warn!("interrupt stacks without guard pages: {error:?}");
         }
@@ -98,7 +104,7 @@ extern "C" fn main(handoff: *const Handoff) -> ! {
         Ok(vmx) => vmx,
         Err(reason) => fail(format_args!("{reason}")),
     };
-    info!("VT-x: {}", vmx.controls);
+    monitor::features::tell(&vmx);
 
     monitor::guests::run_all(&boot, vmx);
     power::off_or_halt()
@@ -122,7 +128,7 @@ unsafe fn boot_info(handoff: *const Handoff) -> Result<BootInfo, &'static str> {
 /// One clear sentence, and the end.
 fn fail(reason: core::fmt::Arguments<'_>) -> ! {
     error!("{reason}");
-    power::off_or_halt()
+    power::off_when_read()
 }
 
 #[panic_handler]

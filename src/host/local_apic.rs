@@ -319,6 +319,11 @@ pub fn init_timer(hz: u64) {
     unsafe { core::arch::asm!("mfence", options(nostack, preserves_flags)) };
 }
 
+/// Whether the timer is the TSC deadline. After [`init_timer`].
+pub fn uses_deadline() -> bool {
+    TIMER_HZ.load(Ordering::Relaxed) == 0
+}
+
 /// Interrupts this CPU once, `ticks` of the time-stamp counter from now, whose
 /// rate is `tsc_hz`. A later call replaces an earlier one.
 pub fn arm(ticks: u64, tsc_hz: u64) {

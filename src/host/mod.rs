@@ -8,6 +8,7 @@
 //! | [`descriptors::init`] | GDT, TSS, IDT: exceptions are reported instead of resetting the machine |
 //! | [`memory::heap::init`] | `alloc` |
 //! | [`memory::init`] | frames, mappings; needs the boot information, which needs the heap |
+//! | [`framebuffer::init`] | the log on the screen, where there is one |
 //! | [`descriptors::guard_stacks`] | guard pages below the interrupt stacks |
 //! | [`acpi::init`] | what the firmware's tables say, or the PC's defaults |
 //! | [`power::init`] | the way off, which a dying machine takes too |
@@ -18,6 +19,7 @@
 pub mod acpi;
 pub mod console;
 pub mod descriptors;
+pub mod framebuffer;
 pub mod interrupts;
 pub mod io_apic;
 pub mod local_apic;

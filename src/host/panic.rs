@@ -7,11 +7,11 @@
 
 use super::descriptors::InterruptFrame;
 use super::memory::paging;
-use super::{console, local_apic, power, serial};
+use super::{console, framebuffer, local_apic, power, serial};
 use crate::addr::Hva;
 use crate::arch::cpu;
 use core::arch::asm;
-use core::fmt::Write;
+use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Frames in a backtrace.
@@ -21,6 +21,17 @@ const DEPTH: usize = 32;
 static DYING: AtomicU64 = AtomicU64::new(0);
 /// How often that CPU has come here.
 static DEPTHS: AtomicU32 = AtomicU32::new(0);
+
+/// The serial port and the screen.
+struct LastWords;
+
+impl Write for LastWords {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        serial::Polled.write_str(text)?;
+        framebuffer::write(text);
+        Ok(())
+    }
+}
 
 /// How far a dying CPU has got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +61,7 @@ fn own_mark() -> u64 {
 
 /// The end of a Rust panic: for the binary's `#[panic_handler]`.
 pub fn panic(info: &core::panic::PanicInfo) -> ! {
-    let mut out = serial::Polled;
+    let mut out = LastWords;
     let stage = begin();
     if let Some(place) = info.location() {
         match stage {
@@ -77,18 +88,20 @@ pub fn panic(info: &core::panic::PanicInfo) -> ! {
         }
         let _ = writeln!(out, "vireo:   rsp {rsp:016x} rbp {rbp:016x}");
         backtrace(&mut out, rbp);
+        power::off_when_read()
     }
     power::off_at_once()
 }
 
 /// The end of an exception in the hypervisor itself.
 pub fn exception(frame: &InterruptFrame, cr2: u64) -> ! {
-    let mut out = serial::Polled;
+    let mut out = LastWords;
     match begin() {
         Stage::First => {
             report(&mut out, frame, cr2);
             let _ = writeln!(out, "vireo:   at {:#x}", frame.rip);
             backtrace(&mut out, frame.rbp);
+            power::off_when_read()
         }
         Stage::Report => {
             let (name, rip) = (name(frame.vector), frame.rip);

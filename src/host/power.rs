@@ -8,7 +8,7 @@
 
 use super::acpi::{self, SleepRegister};
 use super::memory::paging::{self, FirmwareAccess, MapError};
-use super::{console, serial};
+use super::{console, framebuffer, serial, time};
 use crate::addr::Hpa;
 use crate::arch::cpu;
 use crate::arch::port::{inw, outb, outw};
@@ -26,6 +26,11 @@ const SLEEP_TYPE: u16 = 7 << 10;
 const SCI_ENABLE: u16 = 1 << 0;
 /// EfiResetShutdown (UEFI 2.10, 8.5.1).
 const RESET_SHUTDOWN: u32 = 2;
+
+/// How long a failure is left on the screen.
+const READING_SECONDS: u64 = 30;
+/// The same before the frequency of the time-stamp counter is known, at 2 GHz.
+const READING_TICKS: u64 = READING_SECONDS * 2_000_000_000;
 
 /// ResetSystem: type, status, size of the data, data.
 type ResetSystem = unsafe extern "efiapi" fn(u32, usize, usize, *const u8);
@@ -101,6 +106,27 @@ unsafe fn map_runtime_services(info: &BootInfo) -> Result<(), MapError> {
 pub fn off_or_halt() -> ! {
     cpu::disable_interrupts();
     console::flush_unless_locked();
+    off_at_once()
+}
+
+/// [`off_or_halt`] after a failure: on a real machine with a screen, somebody
+/// gets time to read what stands there before the power takes it away.
+pub fn off_when_read() -> ! {
+    cpu::disable_interrupts();
+    console::flush_unless_locked();
+    let hypervisor = cpu::cpuid()
+        .get_feature_info()
+        .is_some_and(|features| features.has_hypervisor());
+    if framebuffer::is_on() && !hypervisor {
+        let ticks = match time::tsc_hz() {
+            0 => READING_TICKS,
+            hz => hz.saturating_mul(READING_SECONDS),
+        };
+        let start = cpu::rdtsc();
+        while cpu::rdtsc().wrapping_sub(start) < ticks {
+            core::hint::spin_loop();
+        }
+    }
     off_at_once()
 }
 

@@ -1,10 +1,11 @@
 //! The hypervisor's own log: the back end of the crate `log`.
 //!
 //! A line goes into a memory ring and, unless a guest owns the serial port
-//! ([`quiet`]), to the console. Errors are always shown.
+//! ([`quiet`]), to the console and the screen. Errors are always shown.
 
 use crate::arch::cpu::without_interrupts;
 use crate::host::console::{self, Ring};
+use crate::host::framebuffer;
 use arrayvec::ArrayString;
 use core::fmt::Write;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -35,6 +36,7 @@ impl Log for Backend {
         });
         if record.level() == Level::Error || !QUIET.load(Ordering::Relaxed) {
             show(&line);
+            framebuffer::write(&line);
         }
     }
 

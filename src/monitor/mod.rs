@@ -1,5 +1,6 @@
 //! The operator's view: log, guests, console, statistics.
 
+pub mod features;
 pub mod guests;
 pub mod log;
 pub mod statistics;

@@ -211,29 +211,6 @@ impl Controls {
     }
 }
 
-impl fmt::Display for Controls {
-    /// What was chosen of what this CPU offers.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let optional = [
-            (self.has(Secondary::ENABLE_VPID), "VPID"),
-            (self.has_preemption_timer(), "preemption timer"),
-            (self.has_virtual_nmis(), "virtual NMIs"),
-            (self.has(Secondary::ENABLE_RDTSCP), "RDTSCP"),
-            (self.has(Secondary::ENABLE_INVPCID), "INVPCID"),
-            (self.has(Secondary::ENABLE_XSAVES_XRSTORS), "XSAVES"),
-        ];
-        f.write_str("EPT, unrestricted guest")?;
-        for (_, name) in optional.iter().filter(|(on, _)| *on) {
-            write!(f, ", {name}")?;
-        }
-        let mut missing = optional.iter().filter(|(on, _)| !*on).peekable();
-        if missing.peek().is_some() {
-            f.write_str("; not here:")?;
-        }
-        missing.try_for_each(|(_, name)| write!(f, " {name}"))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

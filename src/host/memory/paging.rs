@@ -8,14 +8,17 @@
 
 use super::frames::{ALIGN_4K, FrameRange};
 use crate::addr::{Hpa, Hva, PAGE_SIZE};
-use crate::arch::cpu;
+use crate::arch::{cpu, msr};
 use spin::{Mutex, Once};
 use vireo_handoff::layout;
+use x86::msr::IA32_PAT;
 
 const PRESENT: u64 = 1 << 0;
 const WRITABLE: u64 = 1 << 1;
 const WRITE_THROUGH: u64 = 1 << 3;
 const CACHE_DISABLE: u64 = 1 << 4;
+/// In a level-1 entry: the highest bit of the index into the PAT.
+const PAT: u64 = 1 << 7;
 /// In a level-2 or level-3 entry: maps a page instead of naming a table.
 const LARGE: u64 = 1 << 7;
 const NO_EXECUTE: u64 = 1 << 63;
@@ -28,6 +31,12 @@ const LOWER_HALF: u64 = 1 << 47;
 const DATA: u64 = PRESENT | WRITABLE | NO_EXECUTE;
 /// Device registers: PAT entry 3, which is UC at reset and for every firmware.
 const DEVICE: u64 = DATA | WRITE_THROUGH | CACHE_DISABLE;
+/// A framebuffer: PAT entry 5, which [`map_framebuffer`] makes write-combining.
+const FRAMEBUFFER: u64 = DATA | PAT | WRITE_THROUGH;
+/// The PAT entry of [`FRAMEBUFFER`]; nothing else is mapped with it.
+const FRAMEBUFFER_PAT_ENTRY: u32 = 5;
+/// Write-combining, as a PAT entry (SDM volume 3, 12.12.2).
+const WRITE_COMBINING: u64 = 1;
 
 /// Why a mapping was not made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -324,14 +333,40 @@ pub fn map_memory(frames: FrameRange) -> Result<Hva, MapError> {
 /// # Errors
 /// When frames for page tables or addresses run out.
 pub fn map_device(start: Hpa, len: u64) -> Result<Hva, MapError> {
+    map_bytes(start, len, DEVICE)
+}
+
+fn map_bytes(start: Hpa, len: u64, flags: u64) -> Result<Hva, MapError> {
     let offset = start.offset_in(PAGE_SIZE);
     let bytes = offset.checked_add(len).ok_or(MapError::OutOfAddresses)?;
     let base = map(
         start.align_down(PAGE_SIZE),
         bytes.div_ceil(PAGE_SIZE),
-        DEVICE,
+        flags,
     )?;
     Ok(Hva(base.0 + offset))
+}
+
+/// Maps the `len` bytes of a framebuffer at `start`, write-combining where the
+/// CPU can; where they are then.
+///
+/// # Errors
+/// When frames for page tables or addresses run out.
+pub fn map_framebuffer(start: Hpa, len: u64) -> Result<Hva, MapError> {
+    let has_pat = cpu::cpuid()
+        .get_feature_info()
+        .is_some_and(|features| features.has_pat());
+    if !has_pat {
+        return map_device(start, len);
+    }
+    // SAFETY: a CPU with PAT has the MSR. No page was ever mapped by this entry, so no cache
+    // line has its old type.
+    unsafe {
+        let shift = 8 * FRAMEBUFFER_PAT_ENTRY;
+        let others = msr::read(IA32_PAT) & !(0xff << shift);
+        msr::write(IA32_PAT, others | WRITE_COMBINING << shift);
+    }
+    map_bytes(start, len, FRAMEBUFFER)
 }
 
 /// What the firmware does with memory of its own that is mapped where it is.
