@@ -6,12 +6,13 @@
 //! together with an explicit `--target`, which keeps them from build scripts
 //! and procedural macros, and the output has a directory of its own.
 
+use crate::machine::bound_command;
 use crate::{inspect, paths, pe};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, IsTerminal};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
@@ -202,7 +203,8 @@ impl Program<'_> {
         } = *self;
         let flags: Vec<&str> = FREESTANDING.iter().chain(flags).copied().collect();
         let terminal = std::io::stderr().is_terminal();
-        let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let mut command = bound_command(Path::new(&program));
         command
             .current_dir(paths::root())
             .args([

@@ -12,6 +12,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 use xtask::image::{self, Entry, LOADER};
+use xtask::machine::bound_command;
 use xtask::{build, paths};
 
 /// How long a machine may take where a test says nothing else.
@@ -186,7 +187,7 @@ impl Machine {
         let mut command = match self.input {
             Input::Typed(_) => {
                 let line: Vec<String> = words.iter().map(|word| quoted(word)).collect();
-                let mut command = Command::new("script");
+                let mut command = bound_command(Path::new("script"));
                 command.args([
                     OsStr::new("-qefc"),
                     OsStr::new(&line.join(" ")),
@@ -196,7 +197,7 @@ impl Machine {
                 command
             }
             Input::Nothing | Input::Bytes(_) => {
-                let mut command = Command::new(&words[0]);
+                let mut command = bound_command(Path::new(&words[0]));
                 command.args(&words[1..]);
                 match &self.input {
                     Input::Bytes(bytes) => {
