@@ -26,10 +26,6 @@ pub(super) static TABLE: LightTable<Vcpu> = {
     table
 };
 
-/// Bytes of CPUID (0F A2, SDM 2A). It has no operand that a prefix could change, and
-/// with a prefix in spite of that nobody writes it.
-const CPUID_LENGTH: u32 = 2;
-
 extern "C" fn heavy(_: &mut Vcpu, _: &mut LightRegisters) -> Verdict {
     Verdict::HEAVY
 }
@@ -45,7 +41,7 @@ extern "C" fn cpuid(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict 
         return Verdict::HEAVY;
     };
     *registers = row.into();
-    vcpu.advance_rip(CPUID_LENGTH);
+    vcpu.skip_instruction();
     vcpu.verdict()
 }
 

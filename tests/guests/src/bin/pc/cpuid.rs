@@ -1,7 +1,7 @@
 //! CPUID: what is shown, and what follows the guest.
 
 use vireo_test_guests::cpu::{self, cpuid, cr4};
-use vireo_test_guests::{check, check_detail, check_equal, time};
+use vireo_test_guests::{check, check_detail, check_equal, execute, time};
 
 const HYPERVISOR: u32 = 0x4000_0000;
 const EXTENDED: u32 = 0x8000_0000;
@@ -72,6 +72,25 @@ pub fn check_all() {
         "CPUID above the highest leaf gives the highest leaf's data",
         cpuid(0x0fff_ffff, 0),
         cpuid(cpuid(0, 0)[0], 0),
+    );
+
+    let (mut b, mut c, mut d) = (0, 0, 0);
+    let fault = execute!(
+        "mov {keep}, rbx",
+        // REX.W, which means nothing here.
+        ".byte 0x48, 0x0f, 0xa2",
+        "mov {b:e}, ebx",
+        "mov rbx, {keep}",
+        keep = out(reg) _,
+        b = out(reg) b,
+        inout("eax") 0 => _,
+        inout("ecx") 0 => c,
+        out("edx") d,
+    );
+    check_equal(
+        "CPUID with a prefix is CPUID",
+        (fault, [b, d, c]),
+        (None, [0x756e_6547, 0x4965_6e69, 0x6c65_746e]),
     );
 
     os_xsave();
