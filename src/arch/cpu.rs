@@ -79,6 +79,24 @@ pub fn invalidate_page(address: Hva) {
     tlb::flush(VirtAddr::new_truncate(address.0));
 }
 
+/// The conditions of debug exceptions.
+#[inline]
+pub fn dr6() -> u64 {
+    let value;
+    // SAFETY: reads a register; CPL 0, and DR7.GD is clear after a VM exit.
+    unsafe { asm!("mov {}, dr6", out(reg) value, options(nomem, nostack, preserves_flags)) };
+    value
+}
+
+/// Writes DR6, of which only conditions that were met may be given.
+#[inline]
+pub fn set_dr6(value: u64) {
+    // SAFETY: it only tells what has happened.
+    unsafe {
+        asm!("mov dr6, {}", in(reg) value & 0xffff_ffff, options(nomem, nostack, preserves_flags))
+    };
+}
+
 /// Extended control register 0. Needs CR4.OSXSAVE.
 ///
 /// # Safety

@@ -40,20 +40,22 @@ pub const CR0_OWNED: u64 = !(CR0_MP | CR0_EM | CR0_TS | CR0_WP | CR0_AM);
 
 const CR4_PSE: u64 = 1 << 4;
 const CR4_PAE: u64 = 1 << 5;
+const CR4_MCE: u64 = 1 << 6;
 const CR4_LA57: u64 = 1 << 12;
 const CR4_VMXE: u64 = 1 << 13;
 const CR4_PCIDE: u64 = 1 << 17;
 const CR4_OSXSAVE: u64 = 1 << 18;
 
-/// Bits of CR4 whose change exits: those that the guest does not have, and those
-/// that change paging or CPUID.
+/// Bits of CR4 whose change exits: those that the guest does not have, those that
+/// change paging or CPUID, and MCE, without which a machine check shuts the CPU down.
 pub const fn cr4_owned(allowed: u64) -> u64 {
-    !allowed | CR4_PSE | CR4_PAE | CR4_LA57 | CR4_VMXE | CR4_PCIDE | CR4_OSXSAVE
+    !allowed | CR4_PSE | CR4_PAE | CR4_MCE | CR4_LA57 | CR4_VMXE | CR4_PCIDE | CR4_OSXSAVE
 }
 
-/// Bits of CR4 that VMX operation demands.
+/// Bits of CR4 that are set whatever the guest writes: VMX operation demands them, or
+/// the host.
 pub const fn cr4_required(capabilities: &Capabilities) -> u64 {
-    capabilities.cr4_fixed0
+    capabilities.cr4_fixed0 | CR4_MCE & capabilities.cr4_fixed1
 }
 
 const EFER_LME: u64 = 1 << 8;

@@ -102,6 +102,24 @@ impl Vcpu {
         self.attention |= Attention::EVENTS;
     }
 
+    /// Delivers the guest's own exception, which has exited. That ends the shadow of
+    /// STI and MOV SS, with which an entry would ask for a pending debug exception.
+    pub(super) fn deliver_exception(&mut self, info: InterruptionInfo) {
+        let error = self.vmcs.read(information::INTERRUPTION_ERROR_CODE);
+        let length = self.vmcs.read(information::INSTRUCTION_LENGTH);
+        self.pending.interrupted = Some((info, error, length));
+        self.attention |= Attention::EVENTS;
+        let interruptibility = self.vmcs.read(guest::INTERRUPTIBILITY);
+        let shadow = BLOCKED_BY_STI | BLOCKED_BY_MOV_SS;
+        self.vmcs
+            .write(guest::INTERRUPTIBILITY, interruptibility & !shadow);
+    }
+
+    /// Whether the exit interrupted the delivery of an event.
+    pub(super) fn is_delivering(&self) -> bool {
+        InterruptionInfo(self.vmcs.read(information::IDT_VECTORING_INFO)).is_valid()
+    }
+
     /// Remembers an event whose delivery this exit interrupted (SDM 3, 25.9.3); false
     /// where there was none.
     pub(super) fn keep_interrupted_event(&mut self) -> bool {

@@ -114,11 +114,11 @@ impl Vcpu {
     }
 
     fn exception_or_nmi(&mut self, info: InterruptionInfo) {
-        self.keep_interrupted_event();
         if info.is_nmi() {
+            self.keep_interrupted_event();
             interrupts::nmi();
         } else {
-            self.end(End::Unsupported("an exception that was not asked for"));
+            self.exception(info);
         }
     }
 }

@@ -11,6 +11,7 @@ pub mod control_registers;
 pub mod cpuid;
 pub mod emulate;
 pub mod events;
+mod exceptions;
 pub mod exits;
 pub mod io;
 mod light;

@@ -4,6 +4,7 @@
 use super::control_registers;
 use super::cpuid::{self, CpuidTable};
 use super::events::Pending;
+use super::exceptions;
 use super::msr::number::{BIOS_SIGN_ID, MISC_ENABLE};
 use super::msr::{self, MISC_ENABLE_FAST_STRINGS, Msrs};
 use super::timer::EntryTimer;
@@ -208,7 +209,7 @@ impl Vcpu {
         vmcs.write(control::SECONDARY, controls.secondary);
         vmcs.write(control::EXIT, controls.exit);
         vmcs.write(control::ENTRY, controls.entry);
-        vmcs.write(control::EXCEPTION_BITMAP, 0);
+        vmcs.write(control::EXCEPTION_BITMAP, exceptions::EXITING);
         vmcs.write(control::PAGE_FAULT_MASK, 0);
         vmcs.write(control::PAGE_FAULT_MATCH, 0);
         vmcs.write(control::CR3_TARGET_COUNT, 0);

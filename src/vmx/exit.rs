@@ -77,6 +77,12 @@ impl InterruptionInfo {
         matches!(self.0 >> 8 & 7, 4..=6)
     }
 
+    /// The exception was raised by an IRET, which had ended the blocking of NMIs; not
+    /// valid where the exit interrupted the delivery of an event.
+    pub const fn unblocked_nmis(self) -> bool {
+        self.0 & 1 << 12 != 0
+    }
+
     pub const fn has_error_code(self) -> bool {
         self.0 & Self::ERROR_CODE != 0
     }

@@ -18,6 +18,7 @@ pub mod cr0 {
     pub const EM: u64 = 1 << 2;
     pub const TS: u64 = 1 << 3;
     pub const WP: u64 = 1 << 16;
+    pub const AM: u64 = 1 << 18;
     pub const NW: u64 = 1 << 29;
     pub const CD: u64 = 1 << 30;
     pub const PG: u64 = 1 << 31;

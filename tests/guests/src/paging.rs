@@ -2,7 +2,7 @@
 //! [`WINDOW`], empty at first.
 
 use crate::cell::Shared;
-use crate::cpu::invlpg;
+use crate::cpu::{self, invlpg};
 use crate::entry::TABLES;
 
 /// Its first address: page-map entry 1.
@@ -53,6 +53,19 @@ pub fn map(index: u64, physical: u64, bits: u64) -> u64 {
     let address = WINDOW + PAGE * index;
     invlpg(address);
     address
+}
+
+/// Opens the flat map's first 64 MiB to level 3, or closes it.
+pub fn open_to_level_3(open: bool) {
+    use crate::memory::{read64, write64};
+    const LARGE_PAGES: u64 = 32;
+    let first = TABLES.address();
+    let pages = (0..LARGE_PAGES).map(|index| first + 2 * PAGE + 8 * index);
+    for entry in [first, first + PAGE].into_iter().chain(pages) {
+        let value = read64(entry) & !entry::USER;
+        write64(entry, value | if open { entry::USER } else { 0 });
+    }
+    cpu::set_cr3(cpu::cr3());
 }
 
 /// Where the table's entry for page `index` of the window is.

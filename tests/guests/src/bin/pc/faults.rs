@@ -1,10 +1,11 @@
 //! Exceptions stay in the guest, and single-stepping sees every instruction.
 
 use core::cell::Cell;
-use vireo_test_guests::cpu::{self, rflags};
+use vireo_test_guests::cpu::{self, cr0, rflags};
+use vireo_test_guests::descriptors::{self, SPARE_STACK_INDEX, selector};
 use vireo_test_guests::exceptions::{self, Frame, is_gp, is_ud, vector};
 use vireo_test_guests::port::in8;
-use vireo_test_guests::{Shared, check, check_equal, execute};
+use vireo_test_guests::{Shared, check, check_equal, execute, paging};
 
 /// An instruction that the hypervisor completes leaves RF clear, so that a
 /// breakpoint on the next one is met.
@@ -66,7 +67,138 @@ pub fn check_all() {
     breakpoint_behind!("a breakpoint behind CPUID is met", "cpuid");
     breakpoint_behind!("a breakpoint behind IN is met", "in al, dx");
     breakpoint_behind!("a breakpoint behind MMIO is met", "mov eax, [0xfee00030]");
+    debug_exceptions();
+    alignment();
 }
+
+/// What a debug exception does to the registers beside DR6.BS.
+fn debug_exceptions() {
+    const GENERAL_DETECT: u64 = 1 << 13;
+    exceptions::on(vector::DEBUG, |frame| FLAGS.set(frame.rip));
+    let mut after = 0u64;
+    execute!("lea {}, [rip + 2f]", ".byte 0xf1", "2:", out(reg) after);
+    check_equal(
+        "INT1 raises #DB behind itself",
+        (exceptions::count(vector::DEBUG), FLAGS.get()),
+        (1, after),
+    );
+
+    exceptions::on(vector::DEBUG, |frame| {
+        REASONS.set(cpu::dr6());
+        FLAGS.set(cpu::dr7());
+        FAULT.set(frame.rip);
+    });
+    let mut at = 0u64;
+    execute!(
+        "lea {at}, [rip + 2f]",
+        "mov dr7, {on}",
+        "2: mov {on}, dr0",
+        at = out(reg) at,
+        on = inout(reg) 0x400 | GENERAL_DETECT => _,
+    );
+    check_equal(
+        "general detect raises #DB at a MOV of a debug register",
+        (exceptions::count(vector::DEBUG), FAULT.get()),
+        (1, at),
+    );
+    check("DR6.BD is set", REASONS.get() & GENERAL_DETECT != 0);
+    check(
+        "DR7.GD is clear in the handler",
+        FLAGS.get() & GENERAL_DETECT == 0,
+    );
+
+    // What no condition has set is left alone.
+    cpu::set_dr6(0xffff_0ff0 | GENERAL_DETECT);
+    execute!(
+        "pushfq",
+        "or qword ptr [rsp], 0x100",
+        "popfq",
+        "nop",
+        "pushfq",
+        "and qword ptr [rsp], ~0x100",
+        "popfq"
+    );
+    check_equal(
+        "DR6 keeps what only software clears",
+        cpu::dr6() & (1 << 14 | GENERAL_DETECT),
+        1 << 14 | GENERAL_DETECT,
+    );
+    exceptions::off(vector::DEBUG);
+    cpu::set_dr6(0xffff_0ff0);
+    cpu::set_dr7(0x400);
+}
+
+static FAULT: Shared<u64> = Shared::new(0);
+static ERROR: Shared<u64> = Shared::new(0);
+
+/// An access that is not aligned, by code that asked for #AC at level 3.
+fn alignment() {
+    const ALIGNMENT_CHECK: u8 = 17;
+    const FLAG: u64 = 1 << 18;
+    let old = cpu::cr0();
+    cpu::set_cr0(old | cr0::AM);
+    descriptors::set_spare_stack(STACK.address() + STACK_SIZE as u64);
+    for vector in [ALIGNMENT_CHECK, LEAVE_LEVEL_3] {
+        exceptions::set_interrupt_stack(vector, SPARE_STACK_INDEX);
+    }
+    exceptions::on(ALIGNMENT_CHECK, |frame| {
+        FAULT.set(frame.rip);
+        ERROR.set(frame.error);
+        frame.rflags &= !FLAG;
+    });
+    exceptions::on(LEAVE_LEVEL_3, |frame| {
+        frame.cs = selector::CODE.into();
+        frame.ss = selector::DATA.into();
+    });
+    paging::open_to_level_3(true);
+    let mut at = 0u64;
+    let words = [0u64; 2];
+    let fault = execute!(
+        "lea {at}, [rip + 3f]",
+        "mov {stack}, rsp",
+        "push {ss}",
+        "push {stack}",
+        "pushfq",
+        "push {cs}",
+        "lea {cs}, [rip + 2f]",
+        "push {cs}",
+        "iretq",
+        "2: pushfq",
+        "or qword ptr [rsp], 0x40000",
+        "popfq",
+        "3: mov {ss}, [{words} + 1]",
+        "int 0xf0",
+        at = out(reg) at,
+        stack = out(reg) _,
+        ss = inout(reg) u64::from(selector::USER_DATA) => _,
+        cs = inout(reg) u64::from(selector::USER_CODE) => _,
+        words = in(reg) words.as_ptr(),
+    );
+    paging::open_to_level_3(false);
+    exceptions::off(LEAVE_LEVEL_3);
+    exceptions::off(ALIGNMENT_CHECK);
+    for vector in [ALIGNMENT_CHECK, LEAVE_LEVEL_3] {
+        exceptions::set_interrupt_stack(vector, 0);
+    }
+    cpu::set_cr0(old);
+    check_equal(
+        "an access that is not aligned raises #AC where that is on",
+        (
+            fault,
+            exceptions::count(ALIGNMENT_CHECK),
+            FAULT.get(),
+            ERROR.get(),
+        ),
+        (None, 1, at, 0),
+    );
+}
+
+/// The stack on which level 3 is left.
+const STACK_SIZE: usize = 4096;
+static STACK: Shared<[u8; STACK_SIZE]> = Shared::new([0; STACK_SIZE]);
+
+/// The gate by which level 3 comes back.
+const LEAVE_LEVEL_3: u8 = 0xf0;
 
 const RESUME: u64 = 1 << 16;
 static FLAGS: Shared<u64> = Shared::new(0);
