@@ -83,6 +83,7 @@ mod read {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct RawConfig {
+        #[serde(default)]
         vm: Vec<RawVm>,
     }
 
@@ -237,7 +238,9 @@ mod read {
                 "{odd}"
             );
             assert!(reason(&GOOD.replace("\"a\"", "\"a b\"")).contains("is no name"));
-            assert!(reason("vm = []").contains("there is no vm"));
+            for empty in ["", "# nothing\n", "vm = []"] {
+                assert!(reason(empty).contains("1:1: there is no vm; expected a [[vm]] section"));
+            }
             assert!(reason("[[vm]]\nname = \"a\"\nmemory = \"2M\"\n").contains("kernel"));
         }
     }
