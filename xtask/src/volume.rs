@@ -9,7 +9,10 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Component, Path};
 use toml::{Table, Value};
+use vireo_handoff::Config;
 
+/// The configuration's name on the volume.
+const CONFIG: &str = "vireo.toml";
 /// The folder of the configuration on the volume.
 const FOLDER: &str = "vireo";
 /// The memory that is assumed where the configuration names none; the loader
@@ -123,8 +126,9 @@ impl Volume {
     /// folder. The first guest gets the job.
     ///
     /// # Errors
-    /// When the file is not TOML, or a file that it names cannot be read. What
-    /// the keys mean is the loader's to check.
+    /// When the file is not text, or a file that it names cannot be read.
+    /// Anything else that is wrong with it is the loader's to say: it gets the
+    /// text as it is, so that line and column are those of the file.
     pub fn from_config(path: &Path, job: Option<&Job>, provisioner: &Provisioner) -> Result<Self> {
         let text = String::from_utf8(paths::read(path)?).map_err(|_| {
             anyhow!(
@@ -132,9 +136,15 @@ impl Volume {
                 path.display()
             )
         })?;
-        let mut config: Table = text
-            .parse()
-            .map_err(|error| parse_error(path, &text, &error))?;
+        if Config::parse(CONFIG, &text).is_err() {
+            return Ok(Self {
+                config: text,
+                files: Vec::new(),
+                memory: ASSUMED,
+                fingerprint: None,
+            });
+        }
+        let mut config: Table = text.parse()?;
         let folder = path.parent().unwrap_or(Path::new(""));
         let mut files: Vec<Entry> = Vec::new();
         let mut memory = 0;
@@ -237,7 +247,7 @@ impl Volume {
                 path: LOADER.into(),
                 contents: application,
             },
-            entry("vireo.toml", self.config.into_bytes()),
+            entry(CONFIG, self.config.into_bytes()),
         ];
         files.extend(self.files);
         files
@@ -303,23 +313,6 @@ pub fn parse_memory(text: &str) -> Option<u64> {
     digits.parse::<u64>().ok()?.checked_mul(unit)
 }
 
-fn parse_error(path: &Path, text: &str, error: &toml::de::Error) -> anyhow::Error {
-    let at = error.span().map_or(0, |span| span.start.min(text.len()));
-    let before = &text.as_bytes()[..at];
-    let line = before.iter().filter(|&&byte| byte == b'\n').count() + 1;
-    let column = at
-        - before
-            .iter()
-            .rposition(|&byte| byte == b'\n')
-            .map_or(0, |end| end + 1)
-        + 1;
-    let message = error.message().replace('\n', ", ");
-    anyhow!(
-        "{}, line {line}, column {column}: {message}",
-        path.display()
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -363,7 +356,7 @@ mod tests {
 
     #[test]
     fn a_configuration_brings_each_file_once() {
-        let text = "[[vm]]\nname='a'\nkernel='images/k'\n[[vm]]\nname='b'\nkernel='images/k'\ninitrd='i'\n";
+        let text = "[[vm]]\nname='a'\nmemory='2M'\nkernel='images/k'\n[[vm]]\nname='b'\nmemory='2M'\nkernel='images/k'\ninitrd='i'\n";
         let files = config(text, &["images/k", "i"]).unwrap();
         let paths: Vec<&str> = files.iter().map(|file| file.0.as_str()).collect();
         assert_eq!(
@@ -374,19 +367,21 @@ mod tests {
     }
 
     #[test]
-    fn a_malformed_configuration_is_reported_with_its_place() {
-        let error = config("[[vm]]\nname = 'a'\nmemory 5\n", &[])
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("vireo.toml, line 3, column"), "{error}");
+    fn a_wrong_configuration_is_left_as_it_is_for_the_loader() {
+        for text in ["[[vm]]\nname = 'a'\nmemory 5\n", "colour = 1\n"] {
+            let files = config(text, &[]).unwrap();
+            assert_eq!(files[1], ("vireo/vireo.toml".into(), text.into()));
+            assert_eq!(files.len(), 2);
+        }
     }
 
     #[test]
     fn a_missing_file_and_a_path_outside_are_reported_by_name() {
-        let error = config("[[vm]]\nkernel = 'absent'\n", &[]).unwrap_err();
+        let error = config("[[vm]]\nname='a'\nmemory='2M'\nkernel = 'absent'\n", &[]).unwrap_err();
         assert!(format!("{error:#}").contains("absent"), "{error:#}");
         for outside in ["../k", "/etc/hostname", "a\\\\b"] {
-            let error = config(&format!("[[vm]]\nkernel = \"{outside}\"\n"), &[]).unwrap_err();
+            let text = format!("[[vm]]\nname='a'\nmemory='2M'\nkernel = \"{outside}\"\n");
+            let error = config(&text, &[]).unwrap_err();
             assert!(error.to_string().contains("below the folder"), "{error:#}");
         }
     }
