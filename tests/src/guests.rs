@@ -38,6 +38,22 @@ pub fn add(suite: &mut Suite) {
             "code or page tables at 0xd0000000, where it has no memory",
         )
     });
+    suite.add("guests::delivery", |case| {
+        stopped(
+            case,
+            "delivery",
+            "about to be interrupted",
+            "an interrupt or exception was to be delivered by way of 0xd000@, where it has no memory",
+        )
+    });
+    suite.add("guests::fpu_mmio", |case| {
+        stopped(
+            case,
+            "fpu_mmio",
+            "about to load a float from a device",
+            "the instruction at 0x@, which accesses 0xfec00000, is not emulated: d9 @ @ @ @ @ @ @ @ @ @ @ @ @ @",
+        )
+    });
     suite.add("guests::vmxon", |case| {
         stopped(
             case,

@@ -134,8 +134,8 @@ fn efi_application(program: &Program, env: &[(&str, &Path)], file: &str) -> Resu
 }
 
 /// The small guests: the programs in `tests/guests`.
-pub const GUESTS: [&str; 8] = [
-    "pc", "triple", "vmxon", "unmapped", "hang", "spin", "reset", "bench",
+pub const GUESTS: [&str; 10] = [
+    "pc", "triple", "vmxon", "unmapped", "hang", "spin", "reset", "bench", "delivery", "fpu_mmio",
 ];
 
 /// Builds the small guest `name`, one of the programs in `tests/guests`.
