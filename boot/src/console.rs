@@ -6,6 +6,7 @@
 use alloc::string::String;
 use core::fmt::{self, Write};
 use core::time::Duration;
+use uart_16550::spec::registers::LSR;
 use uart_16550::{Config, Uart16550};
 use uefi::boot::{self, OpenProtocolAttributes, OpenProtocolParams, SearchType};
 use uefi::proto::console::text::Output;
@@ -41,8 +42,8 @@ pub fn say(text: fmt::Arguments<'_>) {
         let _ = uefi::system::with_stdout(|output| output.write_str(&line));
     }
     if !firmware_speaks_on_com1() {
-        send(line.trim_end().as_bytes());
-        send(b"\r\n");
+        line.insert(line.len() - 1, '\r');
+        send(line.as_bytes());
     }
 }
 
@@ -101,7 +102,7 @@ fn on_com1(device: Handle) -> bool {
     })
 }
 
-/// Sends to COM1, where there is one, at 115200 baud.
+/// Sends to COM1, where there is one, at 115200 baud, to the last bit.
 fn send(mut bytes: &[u8]) {
     // SAFETY: the ports of COM1, on which no firmware console is.
     let Ok(mut uart) = (unsafe { Uart16550::new_port(COM1) }) else {
@@ -119,4 +120,6 @@ fn send(mut bytes: &[u8]) {
         };
         bytes = rest;
     }
+    // The next initialization would empty its FIFO.
+    (0..PATIENCE).any(|_| uart.lsr().contains(LSR::TRANSMITTER_EMPTY));
 }
