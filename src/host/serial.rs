@@ -111,8 +111,8 @@ pub(super) fn refill(mut next: impl FnMut() -> Option<u8>) {
     });
 }
 
-/// Sends, waiting for the transmitter each time it is full; gives up on a
-/// transmitter that does not move.
+/// Sends, waiting for the transmitter each time it is full. One that does not
+/// move is given up for good: waiting for it with each byte would take hours.
 pub fn write_polled(mut bytes: &[u8]) {
     if !present() {
         return;
@@ -124,6 +124,7 @@ pub fn write_polled(mut bytes: &[u8]) {
                 .find(|&sent| sent > 0)
         });
         let Some(rest) = sent.and_then(|sent| bytes.get(sent..)) else {
+            PRESENT.store(false, Ordering::Relaxed);
             return;
         };
         bytes = rest;
