@@ -177,8 +177,7 @@ impl<'a> Loaded<'a> {
         };
         let width = address_width();
         let vm = Vm::new(
-            config.name.clone(),
-            config.vcpus,
+            config,
             memory,
             &chipset,
             Clock::new(time::tsc_hz()),

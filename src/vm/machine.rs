@@ -10,11 +10,14 @@ use crate::vmx::ept_frames::HostFrames;
 use crate::vmx::memory_type::{MemoryType, Mtrrs};
 use alloc::string::String;
 use spin::Mutex;
+use vireo_handoff::config::{self, ApicMode};
 
 /// One guest.
 pub struct Vm {
     pub name: String,
     pub vcpus: u32,
+    /// Who is to be the vCPUs' local APIC.
+    pub apic: ApicMode,
     pub memory: GuestMemory,
     pub chipset: Mutex<Chipset>,
     /// Ticks a second of the guest's time-stamp counter.
@@ -50,20 +53,20 @@ impl Vm {
     /// # Errors
     /// When no frame is left for the EPT.
     pub fn new(
-        name: String,
-        vcpus: u32,
+        config: &config::Vm,
         guest_memory: GuestMemory,
-        config: &ChipsetConfig,
+        chipset: &ChipsetConfig,
         clock: Clock,
         host: Host<'_>,
     ) -> Result<Self, EptError> {
         Ok(Self {
-            name,
-            vcpus,
+            name: config.name.clone(),
+            vcpus: config.vcpus,
+            apic: config.apic,
             memory: guest_memory,
-            chipset: Mutex::new(Chipset::new(clock, Ticks(0), config)),
+            chipset: Mutex::new(Chipset::new(clock, Ticks(0), chipset)),
             clock,
-            wall_clock: config
+            wall_clock: chipset
                 .wall_clock
                 .saturating_mul(crate::devices::clock::NANOS),
             started: crate::arch::cpu::rdtsc(),

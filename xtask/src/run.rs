@@ -15,6 +15,7 @@ use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use vireo_handoff::config::ApicMode;
 
 /// How long a machine may be silent where nobody is there to notice it.
 const UNATTENDED: Duration = Duration::from_secs(600);
@@ -26,7 +27,7 @@ const DISK: &str = "disk.img";
 #[derive(Args, Debug, Default)]
 pub struct GuestOptions {
     /// The configuration file; the files that it names stand below its folder
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "vcpus"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "vcpus", "apic"])]
     pub config: Option<PathBuf>,
     /// The guest's kernel, instead of Debian's
     #[arg(long, value_name = "FILE")]
@@ -43,6 +44,9 @@ pub struct GuestOptions {
     /// The number of the guest's virtual CPUs
     #[arg(long, value_name = "NUMBER")]
     pub vcpus: Option<u32>,
+    /// How much of the guest's local APIC the CPU is
+    #[arg(long, value_name = "TIER", value_parser = ApicMode::ALL.map(ApicMode::name))]
+    pub apic: Option<String>,
 }
 
 /// `cargo xtask run`
@@ -51,7 +55,7 @@ pub struct Options {
     #[command(flatten)]
     guest: GuestOptions,
     /// Boot this disk image, as `image` makes them, instead of making one
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["config", "kernel", "initrd", "cmdline", "memory", "vcpus", "exec"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["config", "kernel", "initrd", "cmdline", "memory", "vcpus", "apic", "exec"])]
     disk: Option<PathBuf>,
     /// Run COMMAND in the guest's shell, print its output, power off, and exit with its status
     #[arg(long, value_name = "COMMAND")]
@@ -134,6 +138,7 @@ impl GuestOptions {
             cmdline: self.cmdline.as_deref(),
             memory: self.memory.as_deref(),
             vcpus: self.vcpus,
+            apic: self.apic.as_deref(),
         };
         let (rows, columns) = console::Term::stdout().size();
         let name = std::env::var("TERM").unwrap_or_default();

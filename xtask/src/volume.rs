@@ -33,6 +33,8 @@ pub struct Single<'a> {
     pub memory: Option<&'a str>,
     /// Number of virtual CPUs.
     pub vcpus: Option<u32>,
+    /// The key `apic` of the configuration.
+    pub apic: Option<&'a str>,
 }
 
 /// What a guest's shell is to do instead of taking the terminal.
@@ -108,6 +110,9 @@ impl Volume {
         vm.insert("vcpus".into(), vcpus.into());
         vm.insert("kernel".into(), "kernel".into());
         vm.insert("cmdline".into(), cmdline.into());
+        if let Some(apic) = single.apic {
+            vm.insert("apic".into(), apic.into());
+        }
         let mut files = vec![entry("kernel", kernel.unwrap_or_default())];
         if let Some(initrd) = initrd {
             vm.insert("initrd".into(), "initrd".into());

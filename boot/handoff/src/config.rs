@@ -5,6 +5,7 @@
 
 use alloc::string::String;
 use alloc::vec::Vec;
+use core::fmt;
 use serde::{Deserialize, Serialize};
 
 /// The whole configuration.
@@ -29,6 +30,45 @@ pub struct Vm {
     pub initrd: Option<String>,
     /// Kernel command line.
     pub cmdline: String,
+    /// Who is the guest's local APIC.
+    pub apic: ApicMode,
+}
+
+/// How much of a guest's local APIC the CPU is (SDM 3, 30).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ApicMode {
+    /// As much as it can be.
+    #[default]
+    Auto,
+    /// Nothing: each access that has an effect is an exit.
+    Emulated,
+    /// The task-priority register and the decoding of accesses: virtual-APIC page, TPR
+    /// shadow and APIC-access page.
+    FlexPriority,
+    /// Its registers and the delivery of interrupts too.
+    ApicV,
+}
+
+impl ApicMode {
+    /// All of them, the least first behind [`ApicMode::Auto`].
+    pub const ALL: [Self; 4] = [Self::Auto, Self::Emulated, Self::FlexPriority, Self::ApicV];
+
+    /// The name in the configuration.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Emulated => "emulated",
+            Self::FlexPriority => "flexpriority",
+            Self::ApicV => "apicv",
+        }
+    }
+}
+
+impl fmt::Display for ApicMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 impl Config {
@@ -48,7 +88,7 @@ impl Config {
 
 #[cfg(feature = "toml")]
 mod read {
-    use super::{Config, Vm};
+    use super::{ApicMode, Config, Vm};
     use alloc::format;
     use alloc::string::{String, ToString};
     use alloc::vec::Vec;
@@ -98,6 +138,8 @@ mod read {
         initrd: Option<String>,
         #[serde(default)]
         cmdline: String,
+        #[serde(default)]
+        apic: ApicMode,
     }
 
     fn one() -> Spanned<u32> {
@@ -187,6 +229,7 @@ mod read {
                     kernel: vm.kernel,
                     initrd: vm.initrd,
                     cmdline: vm.cmdline,
+                    apic: vm.apic,
                 });
             }
             if config.vm.is_empty() {
@@ -217,6 +260,24 @@ mod read {
             assert_eq!(config.files(), ["vmlinuz"]);
             let bytes = postcard::to_allocvec(&config).unwrap();
             assert_eq!(postcard::from_bytes::<Config>(&bytes).unwrap(), config);
+        }
+
+        #[test]
+        fn an_apic_of_each_kind() {
+            for mode in ApicMode::ALL {
+                let text = alloc::format!("{GOOD}apic = \"{mode}\"\n");
+                let config = Config::parse("vireo.toml", &text).unwrap();
+                assert_eq!(config.vm[0].apic, mode);
+            }
+            let config = Config::parse("vireo.toml", GOOD).unwrap();
+            assert_eq!(config.vm[0].apic, ApicMode::Auto);
+            let wrong = reason(&alloc::format!("{GOOD}apic = \"x2apic\"\n"));
+            assert!(
+                wrong.starts_with(
+                    "vireo.toml:5:8: unknown variant `x2apic`, expected one of `auto`, `emulated`"
+                ),
+                "{wrong}"
+            );
         }
 
         #[test]
