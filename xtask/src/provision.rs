@@ -7,9 +7,10 @@
 //! it is complete and is never fetched again; a lock keeps concurrent
 //! invocations from fetching twice.
 
+mod emulator;
 mod rig;
 
-use crate::machine::{Bare, Bochs, Qemu};
+use crate::machine::{Bare, Bochs};
 use crate::paths;
 use crate::progress::Progress;
 use anyhow::{Context, Result, bail, ensure};
@@ -48,76 +49,6 @@ impl<'a> Provisioner<'a> {
             folder: paths::target().join("provision"),
             progress,
         }
-    }
-
-    /// The Bochs that `VIREO_BOCHS` names, else the installed one, else the
-    /// package's.
-    ///
-    /// # Errors
-    /// When there is none and it cannot be fetched.
-    pub fn bochs(&self) -> Result<Bochs> {
-        let firmware = self.ovmf()?;
-        let vga_bios = self.file("vgabios", "usr/share/vgabios/vgabios.bin")?;
-        let bochs = |program, environment| Bochs {
-            program,
-            environment,
-            firmware,
-            vga_bios,
-        };
-        if let Some(program) = named_by("VIREO_BOCHS")? {
-            return Ok(bochs(program, Vec::new()));
-        }
-        if let Some(program) =
-            paths::find_program("bochs-bin").or_else(|| paths::find_program("bochs"))
-        {
-            return Ok(bochs(program, Vec::new()));
-        }
-        let folder = match self.unpacked_bochs() {
-            Ok(folder) => folder,
-            Err(error) if Uid::effective().is_root() => {
-                self.progress.note(&format!(
-                    "bochs does not run unpacked ({error:#}): installing it"
-                ));
-                self.apt_get(
-                    &[
-                        "install",
-                        "-y",
-                        "--no-install-recommends",
-                        "bochs",
-                        "bochs-term",
-                    ],
-                    &self.folder,
-                )?;
-                let program = paths::find_program("bochs-bin")
-                    .context("the package bochs has no bochs-bin")?;
-                return Ok(bochs(program, Vec::new()));
-            }
-            Err(error) => {
-                return Err(error.context(
-                    "cannot run the emulator from its unpacked package: install it (apt-get install bochs bochs-term)",
-                ));
-            }
-        };
-        Ok(bochs(
-            folder.join("usr/bin/bochs-bin"),
-            bochs_environment(&folder),
-        ))
-    }
-
-    /// The QEMU that `VIREO_QEMU` names, else the installed one.
-    ///
-    /// # Errors
-    /// When there is none.
-    pub fn qemu(&self) -> Result<Qemu> {
-        let program = match named_by("VIREO_QEMU")? {
-            Some(program) => program,
-            None => paths::find_program("qemu-system-x86_64")
-                .context("there is no qemu-system-x86_64: install it (apt-get install qemu-system-x86) or use --platform bochs")?,
-        };
-        Ok(Qemu {
-            program,
-            firmware: self.ovmf()?,
-        })
     }
 
     /// What boots a guest's kernel without Vireo.
@@ -251,24 +182,10 @@ impl<'a> Provisioner<'a> {
         Ok(folder)
     }
 
-    /// Bochs with the libraries that the system lacks, in one folder.
-    fn unpacked_bochs(&self) -> Result<PathBuf> {
-        let folder = self.unpacked_with_libraries("bochs", &["bochs", "bochs-term"])?;
-        let mut trial = Command::new(folder.join("usr/bin/bochs-bin"));
-        trial.arg("--help").envs(bochs_environment(&folder));
-        let result = trial.output().context("cannot start the unpacked bochs")?;
-        let text = String::from_utf8_lossy(&result.stderr);
-        ensure!(
-            text.contains("Usage:"),
-            "{}",
-            text.lines().next().unwrap_or("it says nothing")
-        );
-        Ok(folder)
-    }
-
-    /// The folder of the first of `packages`, with it and the libraries for all
-    /// of them that the system lacks.
-    fn unpacked_with_libraries(&self, name: &str, packages: &[&str]) -> Result<PathBuf> {
+    /// The folder named like the first of `packages`, with all of them and the
+    /// libraries for them that the system lacks.
+    fn unpacked_with_libraries(&self, packages: &[&str]) -> Result<PathBuf> {
+        let name = packages.first().context("no package is wanted")?;
         let folder = self.folder.join(name);
         if folder.is_dir() {
             return Ok(folder);
@@ -279,7 +196,9 @@ impl<'a> Provisioner<'a> {
             let _lock = self.lock()?;
             self.apt_get(&wanted, &self.folder)?
         };
-        self.unpack(name, &packages_to_unpack(name, &missing))
+        let mut wanted: Vec<String> = packages.iter().map(|&name| name.to_owned()).collect();
+        wanted.extend(libraries(&missing));
+        self.unpack(name, &wanted)
     }
 
     /// An empty folder of this name.
@@ -397,34 +316,14 @@ fn named_by(variable: &str) -> Result<Option<PathBuf>> {
     }
 }
 
-/// Where an unpacked Bochs finds its plugins, ROM images and libraries.
-fn bochs_environment(folder: &Path) -> Vec<(String, String)> {
-    let libraries = LIBRARIES
-        .map(|path| folder.join(path).display().to_string())
-        .join(":");
-    let plugins = folder.join(LIBRARIES[0]).join("bochs/plugins");
-    vec![
-        ("LD_LIBRARY_PATH".into(), libraries),
-        ("LTDL_LIBRARY_PATH".into(), plugins.display().to_string()),
-        (
-            "BXSHARE".into(),
-            folder.join("usr/share/bochs").display().to_string(),
-        ),
-    ]
-}
-
-/// Of what a simulated installation of `package` lists (`Inst NAME ...`): the
-/// package itself and those with libraries for it.
-fn packages_to_unpack(package: &str, simulation: &str) -> Vec<String> {
+/// The packages with libraries in what a simulated installation lists
+/// (`Inst NAME ...`).
+fn libraries(simulation: &str) -> impl Iterator<Item = String> {
     simulation
         .lines()
         .filter_map(|line| line.strip_prefix("Inst ")?.split_whitespace().next())
-        .filter(|name| {
-            *name == package
-                || (name.starts_with("lib") && !NO_LIBRARY.iter().any(|end| name.ends_with(end)))
-        })
+        .filter(|name| name.starts_with("lib") && !NO_LIBRARY.iter().any(|end| name.ends_with(end)))
         .map(str::to_owned)
-        .collect()
 }
 
 /// The first dependency with this prefix in a package's description, without
@@ -482,12 +381,9 @@ mod tests {
     }
 
     #[test]
-    fn of_an_installation_only_libraries_and_bochs_are_unpacked() {
+    fn of_what_an_emulator_needs_only_libraries_are_unpacked() {
         let simulation = "Inst libltdl7 (2.4.7-7 Debian:12 [amd64])\nInst libgtk-3-common (3.24 [all])\n\
              Inst adwaita-icon-theme (43 [all])\nInst bochs (2.7 [amd64]) []\nConf bochs (2.7 [amd64])\n";
-        assert_eq!(
-            packages_to_unpack("bochs", simulation),
-            ["libltdl7", "bochs"]
-        );
+        assert!(libraries(simulation).eq(["libltdl7"]));
     }
 }

@@ -1,6 +1,6 @@
 //! Bochs, which has VT-x without any hardware for it.
 
-use super::{Machine, MachineConfig, Platform, bound_command, last_words};
+use super::{Emulator, Machine, MachineConfig, Platform, last_words};
 use crate::image::{CYLINDER, HEADS, SECTORS};
 use anyhow::{Context, Result, bail};
 use std::fs;
@@ -24,10 +24,8 @@ const LARGEST_HOST_MEMORY: u64 = 2048;
 /// A Bochs and the firmware for its machines.
 #[derive(Clone, Debug)]
 pub struct Bochs {
-    /// The emulator.
-    pub program: PathBuf,
-    /// What it needs in its environment.
-    pub environment: Vec<(String, String)>,
+    /// The program.
+    pub emulator: Emulator,
     /// The firmware, which ends at 4 GiB: OVMF, or Bochs's own BIOS.
     pub firmware: PathBuf,
     /// The VGA BIOS, without which the firmware does not start.
@@ -44,7 +42,7 @@ impl Platform for Bochs {
     }
 
     fn start(&self, config: &MachineConfig) -> Result<Machine> {
-        let debugger = self.has_debugger()?;
+        let debugger = self.emulator.help()?.contains("-rc filename");
         for display in DISPLAYS {
             let error = match Machine::start(config, |port| {
                 self.command(config, display, debugger, port)
@@ -56,13 +54,13 @@ impl Platform for Bochs {
             if !(words.contains("display library") && words.contains("not available")) {
                 return Err(error.context(format!(
                     "Bochs ({}) does not start: {words}",
-                    self.program.display()
+                    self.emulator.program.display()
                 )));
             }
         }
         bail!(
             "Bochs ({}) has none of the displays that need no screen, rfb and nogui",
-            self.program.display()
+            self.emulator.program.display()
         )
     }
 }
@@ -78,11 +76,8 @@ impl Bochs {
         let file = config.folder.join("bochsrc");
         let text = self.configuration(config, display, port)?;
         fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
-        let mut command = bound_command(&self.program);
-        command
-            .args(["-q", "-f"])
-            .arg(&file)
-            .envs(self.environment.iter().map(|(name, value)| (name, value)));
+        let mut command = self.emulator.command();
+        command.args(["-q", "-f"]).arg(&file);
         if debugger {
             // The debugger waits for a command: "continue".
             let script = config.folder.join("debugger.rc");
@@ -91,16 +86,6 @@ impl Bochs {
             command.arg("-rc").arg(script);
         }
         Ok(command)
-    }
-
-    fn has_debugger(&self) -> Result<bool> {
-        let help = Command::new(&self.program)
-            .arg("--help")
-            .envs(self.environment.iter().map(|(name, value)| (name, value)))
-            .output()
-            .with_context(|| format!("cannot start {}", self.program.display()))?;
-        let text = [help.stdout, help.stderr].concat();
-        Ok(String::from_utf8_lossy(&text).contains("-rc filename"))
     }
 
     fn configuration(&self, config: &MachineConfig, display: &str, port: u16) -> Result<String> {
@@ -177,8 +162,7 @@ echo hello >&3
         let disk = folder.join("disk.img");
         fs::write(&disk, vec![0; CYLINDER as usize])?;
         let bochs = Bochs {
-            program,
-            environment: Vec::new(),
+            emulator: Emulator::installed(program),
             firmware: disk.clone(),
             vga_bios: disk.clone(),
         };

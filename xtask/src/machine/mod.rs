@@ -30,6 +30,46 @@ use std::time::{Duration, Instant};
 const CONNECT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(20);
 
+/// A program that emulates a PC, installed or unpacked from its package.
+#[derive(Clone, Debug)]
+pub struct Emulator {
+    /// The program.
+    pub program: PathBuf,
+    /// What it needs in its environment.
+    pub environment: Vec<(String, String)>,
+}
+
+impl Emulator {
+    /// One that the system knows.
+    pub const fn installed(program: PathBuf) -> Self {
+        Self {
+            program,
+            environment: Vec::new(),
+        }
+    }
+
+    /// A command that ends with us, as [`bound_command`].
+    fn command(&self) -> Command {
+        let mut command = bound_command(&self.program);
+        command.envs(self.environment.iter().cloned());
+        command
+    }
+
+    /// What it says when it is asked for help.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn help(&self) -> Result<String> {
+        let help = self
+            .command()
+            .arg("--help")
+            .output()
+            .with_context(|| format!("cannot start {}", self.program.display()))?;
+        let text = [help.stdout, help.stderr].concat();
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+}
+
 /// What kind of machine is wanted.
 #[derive(Clone, Debug)]
 pub struct MachineConfig {

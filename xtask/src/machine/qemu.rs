@@ -1,7 +1,7 @@
 //! QEMU: with KVM where that offers VMX to its guests, else its own emulator,
 //! which has no VT-x at all and so shows what the hypervisor says then.
 
-use super::{Machine, MachineConfig, Platform, bound_command, last_words};
+use super::{Emulator, Machine, MachineConfig, Platform, last_words};
 use anyhow::Result;
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -10,8 +10,8 @@ use std::process::Command;
 /// A QEMU and the firmware for its machines.
 #[derive(Clone, Debug)]
 pub struct Qemu {
-    /// The emulator.
-    pub program: PathBuf,
+    /// The program.
+    pub emulator: Emulator,
     /// OVMF.
     pub firmware: PathBuf,
 }
@@ -53,7 +53,7 @@ impl Platform for Qemu {
             let words = last_words(&config.log(), |line| !line.is_empty());
             error.context(format!(
                 "QEMU ({}) does not start: {words}",
-                self.program.display()
+                self.emulator.program.display()
             ))
         })
     }
@@ -66,7 +66,7 @@ impl Qemu {
             .cpu_model
             .as_deref()
             .unwrap_or(if kvm { "host,+vmx" } else { "max" });
-        let mut command = bound_command(&self.program);
+        let mut command = self.emulator.command();
         command
             .args([
                 "-machine",

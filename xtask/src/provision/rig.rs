@@ -1,15 +1,16 @@
 //! The parts of the nested rig (`machine/rig.rs`): the archive of files with
 //! which Linux runs QEMU, from the installed QEMU or the package's.
 
-use super::{LIBRARIES, Provisioner, named_by, output, replace};
+use super::{Provisioner, output, replace};
 use crate::cpio::Archive;
 use crate::guest::lz4_legacy;
+use crate::machine::Emulator;
 use crate::machine::rig::{APPLETS, MODULES, Rig, inside};
 use crate::paths;
 use anyhow::{Context, Result, bail};
 use std::fmt::Write;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::UNIX_EPOCH;
 
@@ -76,40 +77,24 @@ impl Provisioner<'_> {
             let name = module.rsplit('/').next().unwrap_or(module);
             items.push((format!("{}/{name}.ko", inside::MODULES), 0o644, source));
         }
-        let (qemu, folder) = self.any_qemu()?;
-        items.extend(libraries(&qemu, folder.as_deref())?);
-        items.push((inside::QEMU.into(), 0o755, qemu));
+        let qemu = self.qemu_emulator()?;
+        items.extend(libraries(&qemu)?);
+        items.push((inside::QEMU.into(), 0o755, qemu.program));
         let rom = self.file("qemu-system-data", "usr/share/qemu/kvmvapic.bin")?;
         items.push((format!("{}/kvmvapic.bin", inside::ROMS), 0o644, rom));
         items.push((inside::FIRMWARE.into(), 0o644, self.ovmf()?));
         Ok(items)
     }
-
-    /// A QEMU, and the folder of its package where it is not installed.
-    fn any_qemu(&self) -> Result<(PathBuf, Option<PathBuf>)> {
-        let installed = match named_by("VIREO_QEMU")? {
-            Some(program) => Some(program),
-            None => paths::find_program("qemu-system-x86_64"),
-        };
-        if let Some(program) = installed {
-            return Ok((program, None));
-        }
-        let folder = self.unpacked_with_libraries("qemu-system-x86", &["qemu-system-x86"])?;
-        Ok((folder.join("usr/bin/qemu-system-x86_64"), Some(folder)))
-    }
 }
 
 /// The shared libraries of a program, as its loader finds them.
-fn libraries(program: &Path, folder: Option<&Path>) -> Result<Vec<Item>> {
+fn libraries(emulator: &Emulator) -> Result<Vec<Item>> {
     let mut command = Command::new("ldd");
-    command.arg(program);
-    if let Some(folder) = folder {
-        let paths = LIBRARIES.map(|path| folder.join(path).display().to_string());
-        command.env("LD_LIBRARY_PATH", paths.join(":"));
-    }
+    command.arg(&emulator.program);
+    command.envs(emulator.environment.iter().cloned());
     let list = output(&mut command)?;
     parse_libraries(&String::from_utf8_lossy(&list.stdout))
-        .with_context(|| format!("cannot pack {}", program.display()))
+        .with_context(|| format!("cannot pack {}", emulator.program.display()))
 }
 
 /// From the lines of `ldd`: `NAME => PATH (ADDRESS)`, or `PATH (ADDRESS)` for
