@@ -4,59 +4,45 @@
 //!
 //! ```text
 //! bench: NAME: TICKS in ROUNDS
+//! bench: NAME: TICKS in ROUNDS, EXITS exits, READS VMREADs, WRITES VMWRITEs
 //! ```
+//!
+//! The second form is that of a hypervisor which counts (`vmx::count`); its ticks
+//! include the counting.
 #![no_std]
 #![no_main]
 
 use core::arch::{asm, naked_asm};
+use core::sync::atomic::AtomicU32;
+use core::sync::atomic::Ordering::Relaxed;
 use vireo_test_guests::apic::{self, DIVIDE_BY_1, entry, register};
 use vireo_test_guests::cpu::{self, msr, rdtsc};
-use vireo_test_guests::exceptions;
 use vireo_test_guests::memory::{read32, write32};
-use vireo_test_guests::report;
 use vireo_test_guests::time::microseconds;
+use vireo_test_guests::{Shared, exceptions, report};
 
 vireo_test_guests::guest!(run);
 
 /// Rounds of what is quick.
 const ROUNDS: u64 = 2000;
+/// Rounds of what waits for a timer.
+const WAITS: u64 = 100;
 /// Vector of the interrupts that are measured.
 const VECTOR: u8 = 0x60;
-/// Where nothing else is: pages that nobody has touched.
+/// Vector of the timer whose handler looks at the clock.
+const TIMER: u8 = 0x61;
+/// Pages that nobody has touched: 512 of 4 KiB, and the rest of the memory in
+/// steps of 2 MiB.
 const UNTOUCHED: u64 = 0x0300_0000;
+const UNTOUCHED_LARGE: u64 = 0x0400_0000;
+const SMALL: u64 = 4096;
+const LARGE: u64 = 2 << 20;
+/// Pages of 2 MiB from [`UNTOUCHED_LARGE`] to the end of 128 MiB.
+const LARGE_PAGES: u64 = 31;
 /// I/O APIC: index and data.
 const IO_APIC: u64 = 0xfec0_0000;
 /// A register of an emulated device: the first 8259's mask.
 const PIC_MASK: u16 = 0x21;
-
-fn run() {
-    instructions();
-    registers();
-    memory();
-    apic::set_x2apic(true);
-    exceptions::set_raw(VECTOR, end_x2apic);
-    interrupts("x2APIC");
-    timers();
-    apic::set_x2apic(false);
-    exceptions::set_raw(VECTOR, end_xapic);
-    interrupts("xAPIC");
-    report::finish();
-}
-
-/// Measures `rounds` of `body`, after one that does not count.
-#[inline(always)]
-fn measure(name: &str, rounds: u64, mut body: impl FnMut()) {
-    body();
-    let start = rdtsc();
-    for _ in 0..rounds {
-        body();
-    }
-    say(name, rdtsc() - start, rounds);
-}
-
-fn say(name: &str, ticks: u64, rounds: u64) {
-    report::say(format_args!("bench: {name}: {ticks} in {rounds}"));
-}
 
 /// One instruction or a few, without checks around them.
 macro_rules! raw {
@@ -66,8 +52,77 @@ macro_rules! raw {
     }};
 }
 
+fn run() {
+    instructions();
+    registers();
+    memory();
+    apic::set_x2apic(true);
+    exceptions::set_raw(VECTOR, end_x2apic);
+    exceptions::set_raw(TIMER, time_x2apic);
+    interrupts::<X2Apic>();
+    timers();
+    apic::set_x2apic(false);
+    exceptions::set_raw(VECTOR, end_xapic);
+    interrupts::<XApic>();
+    report::finish();
+}
+
+/// What a hypervisor that counts has counted, in the order of the output.
+type Counts = [u64; 3];
+
+/// Asks for the counts.
+fn counts() -> Option<Counts> {
+    /// The hypercall, and what says that there is none.
+    const NUMBER: u64 = u64::from_le_bytes(*b"vmcounts");
+    const NO_SUCH_HYPERCALL: i64 = -1000;
+    let (exits, reads, writes): (i64, u64, u64);
+    raw!("vmcall", inout("rax") NUMBER => exits, out("rcx") reads, out("rdx") writes, options(nomem, nostack));
+    (exits != NO_SUCH_HYPERCALL).then_some([exits as u64, reads, writes])
+}
+
+/// Measures `rounds` of `body`, after one that does not count.
+#[inline(always)]
+fn measure(name: &str, rounds: u64, body: impl FnMut()) {
+    measure_in("", name, rounds, body);
+}
+
+/// The same with the APIC's mode in front of the name.
+#[inline(always)]
+fn measure_in(mode: &str, name: &str, rounds: u64, mut body: impl FnMut()) {
+    body();
+    let before = counts();
+    let start = rdtsc();
+    for _ in 0..rounds {
+        body();
+    }
+    let ticks = rdtsc() - start;
+    say(mode, name, ticks, rounds, before.zip(counts()));
+}
+
+fn say(mode: &str, name: &str, ticks: u64, rounds: u64, counts: Option<(Counts, Counts)>) {
+    let Some((before, after)) = counts else {
+        report::say(format_args!("bench: {mode}{name}: {ticks} in {rounds}"));
+        return;
+    };
+    // What asking takes: the rest of the first question and the beginning of the second.
+    let (Some(first), Some(second)) = (self::counts(), self::counts()) else {
+        return;
+    };
+    let [exits, reads, writes] =
+        [0, 1, 2].map(|at: usize| (after[at] - before[at]).wrapping_sub(second[at] - first[at]));
+    report::say(format_args!(
+        "bench: {mode}{name}: {ticks} in {rounds}, {exits} exits, {reads} VMREADs, {writes} VMWRITEs"
+    ));
+}
+
+#[inline(always)]
 fn write_msr(number: u32, value: u64) {
     raw!("wrmsr", in("ecx") number, in("eax") value as u32, in("edx") (value >> 32) as u32, options(nostack));
+}
+
+#[inline(always)]
+fn read_msr(number: u32) {
+    raw!("rdmsr", in("ecx") number, out("eax") _, out("edx") _, options(nomem, nostack));
 }
 
 fn instructions() {
@@ -80,12 +135,11 @@ fn instructions() {
     });
     measure("PAUSE", ROUNDS, || raw!("pause", options(nomem, nostack)));
     measure("WBINVD", ROUNDS, || raw!("wbinvd", options(nomem, nostack)));
+    measure("INVD", ROUNDS, || raw!("invd", options(nomem, nostack)));
 }
 
 fn registers() {
-    measure("RDMSR TSC_ADJUST", ROUNDS, || {
-        raw!("rdmsr", in("ecx") msr::TSC_ADJUST, out("eax") _, out("edx") _, options(nomem, nostack));
-    });
+    measure("RDMSR TSC_ADJUST", ROUNDS, || read_msr(msr::TSC_ADJUST));
     measure("WRMSR TSC_ADJUST", ROUNDS, || write_msr(msr::TSC_ADJUST, 0));
     measure("WRMSR KERNEL_GS_BASE", ROUNDS, || {
         write_msr(msr::KERNEL_GS_BASE, 0);
@@ -98,11 +152,8 @@ fn registers() {
     measure("CR4.PGE toggled, two writes", ROUNDS, || {
         raw!("mov cr4, {}", "mov cr4, {}", in(reg) clear, in(reg) set, options(nostack));
     });
-    measure("CR8 read", ROUNDS, || {
-        raw!("mov {}, cr8", out(reg) _, options(nomem, nostack));
-    });
-    measure("CR8 written", ROUNDS, || {
-        raw!("mov cr8, {}", in(reg) 0u64, options(nostack));
+    measure("MOV DR", ROUNDS, || {
+        raw!("mov dr0, {}", in(reg) 0u64, options(nostack));
     });
     measure("IN from an emulated register", ROUNDS, || {
         raw!("in al, dx", in("dx") PIC_MASK, out("al") _, options(nomem, nostack));
@@ -116,14 +167,31 @@ fn registers() {
 }
 
 fn memory() {
-    measure("MMIO read of the I/O APIC", ROUNDS, || {
+    measure("I/O APIC read", ROUNDS, || {
         read32(IO_APIC);
     });
-    measure("MMIO write to the I/O APIC", ROUNDS, || write32(IO_APIC, 0));
-    let mut page = UNTOUCHED;
-    measure("page touched for the first time", 512, || {
+    measure("I/O APIC written", ROUNDS, || write32(IO_APIC, 0));
+    // The page before does not count, and is of another large page.
+    touch(
+        "page of 4 KiB touched",
+        UNTOUCHED - SMALL,
+        SMALL,
+        LARGE / SMALL,
+    );
+    touch(
+        "EPT violation that maps a page",
+        UNTOUCHED_LARGE,
+        LARGE,
+        LARGE_PAGES,
+    );
+}
+
+/// Writes to `pages` pages for the first time.
+fn touch(name: &str, first: u64, step: u64, pages: u64) {
+    let mut page = first;
+    measure(name, pages, || {
         write32(page, 0);
-        page += 4096;
+        page += step;
     });
 }
 
@@ -157,107 +225,197 @@ unsafe extern "C" fn end_xapic() {
     )
 }
 
-/// Local APIC and its interrupts, with the mode's name in front.
-fn interrupts(mode: &str) {
-    let named = |what: &str, body: &mut dyn FnMut()| {
-        let mut rounds = ROUNDS;
-        body();
-        let start = rdtsc();
-        while rounds > 0 {
-            body();
-            rounds -= 1;
-        }
-        let ticks = rdtsc() - start;
-        report::say(format_args!("bench: {mode} {what}: {ticks} in {ROUNDS}"));
-    };
-    let own = apic::read(register::ID);
-    let x2apic = apic::is_x2apic();
-    let send = move || {
-        if x2apic {
-            write_msr(
-                msr::X2APIC + register::ICR / 16,
-                u64::from(own) << 32 | u64::from(VECTOR),
-            );
-        } else {
-            write32(
-                apic::BASE + u64::from(register::ICR),
-                entry::TO_SELF | u32::from(VECTOR),
-            );
-        }
-    };
-    let write = move |register: u32, value: u32| {
-        if x2apic {
-            write_msr(msr::X2APIC + register / 16, value.into());
-        } else {
-            write32(apic::BASE + u64::from(register), value);
-        }
-    };
-    named("EOI without an interrupt", &mut || write(register::EOI, 0));
-    named("TPR written", &mut || write(register::TPR, 0));
-    cpu::enable_interrupts();
-    named("self-IPI, handler, EOI", &mut || send());
-    cpu::disable_interrupts();
-    if x2apic {
-        named(
-            "self-IPI by the SELF_IPI register, interrupts off",
-            &mut || {
-                write(register::SELF_IPI, VECTOR.into());
-            },
-        );
-        named("ICR written, interrupts off", &mut || send());
-        cpu::interrupt_window();
+/// When [`time_x2apic`] began, and that it has.
+static AT: Shared<u64> = Shared::new(0);
+static FIRED: AtomicU32 = AtomicU32::new(0);
+
+/// [`end_x2apic`], but first of all it looks at the clock.
+#[unsafe(naked)]
+unsafe extern "C" fn time_x2apic() {
+    naked_asm!(
+        "push rax",
+        "push rdx",
+        "rdtsc",
+        "shl rdx, 32",
+        "or rax, rdx",
+        "mov [{at}], rax",
+        "mov dword ptr [{fired}], 1",
+        "pop rdx",
+        "pop rax",
+        "jmp {end}",
+        at = sym AT,
+        fired = sym FIRED,
+        end = sym end_x2apic,
+    )
+}
+
+/// How the registers of the local APIC are reached.
+trait Mode {
+    /// In front of the names of what is measured.
+    const NAME: &'static str;
+    fn read(register: u32);
+    fn write(register: u32, value: u32);
+    /// Sends [`VECTOR`] to the APIC with the identifier `own`, by the ICR.
+    fn send(own: u32);
+}
+
+/// By MSRs.
+struct X2Apic;
+/// By its page.
+struct XApic;
+
+impl Mode for X2Apic {
+    const NAME: &'static str = "x2APIC ";
+
+    #[inline(always)]
+    fn read(register: u32) {
+        read_msr(msr::X2APIC + register / 16);
     }
-    named("self-IPI, then STI and HLT", &mut || {
-        send();
-        cpu::halt();
+
+    #[inline(always)]
+    fn write(register: u32, value: u32) {
+        write_msr(msr::X2APIC + register / 16, value.into());
+    }
+
+    #[inline(always)]
+    fn send(own: u32) {
+        write_msr(
+            msr::X2APIC + register::ICR / 16,
+            u64::from(own) << 32 | u64::from(VECTOR),
+        );
+    }
+}
+
+impl Mode for XApic {
+    const NAME: &'static str = "xAPIC ";
+
+    #[inline(always)]
+    fn read(register: u32) {
+        read32(apic::BASE + u64::from(register));
+    }
+
+    #[inline(always)]
+    fn write(register: u32, value: u32) {
+        write32(apic::BASE + u64::from(register), value);
+    }
+
+    #[inline(always)]
+    fn send(_: u32) {
+        Self::write(register::ICR, entry::TO_SELF | u32::from(VECTOR));
+    }
+}
+
+/// Local APIC and its interrupts.
+fn interrupts<M: Mode>() {
+    let own = apic::read(register::ID);
+    measure_in(M::NAME, "EOI", ROUNDS, || M::write(register::EOI, 0));
+    measure_in(M::NAME, "TPR read", ROUNDS, || M::read(register::TPR));
+    measure_in(M::NAME, "TPR written", ROUNDS, || {
+        M::write(register::TPR, 0)
     });
+    measure_in(M::NAME, "CR8 read", ROUNDS, || {
+        raw!("mov {}, cr8", out(reg) _, options(nomem, nostack));
+    });
+    measure_in(M::NAME, "CR8 written", ROUNDS, || {
+        raw!("mov cr8, {}", in(reg) 0u64, options(nostack));
+    });
+    measure_in(M::NAME, "ICR written, interrupts off", ROUNDS, || {
+        M::send(own);
+    });
+    cpu::interrupt_window();
+    measure_in(M::NAME, "self-IPI, then STI and HLT", ROUNDS, || {
+        M::send(own);
+        raw!("sti", "hlt", "cli", options(nostack));
+    });
+    cpu::enable_interrupts();
+    measure_in(M::NAME, "self-IPI, handler, EOI", ROUNDS, || M::send(own));
+    if apic::is_x2apic() {
+        measure_in(
+            M::NAME,
+            "self-IPI by SELF_IPI, handler, EOI",
+            ROUNDS,
+            || M::write(register::SELF_IPI, VECTOR.into()),
+        );
+    }
+    measure_in(
+        M::NAME,
+        "raised TPR, self-IPI, lowered TPR, handler, EOI",
+        ROUNDS,
+        || {
+            raw!("mov cr8, {}", in(reg) 15u64, options(nostack));
+            M::send(own);
+            raw!("mov cr8, {}", in(reg) 0u64, options(nostack));
+        },
+    );
+    apic::write(register::LVT_TIMER, entry::TSC_DEADLINE | u32::from(VECTOR));
+    measure_in(
+        M::NAME,
+        "TSC deadline that is over, handler, EOI",
+        ROUNDS,
+        || write_msr(msr::TSC_DEADLINE, 1),
+    );
+    cpu::disable_interrupts();
 }
 
 /// The timer, in x2APIC mode.
 fn timers() {
     let far = u64::MAX / 2;
     apic::write(register::DIVIDE, DIVIDE_BY_1);
-    apic::write(register::LVT_TIMER, entry::TSC_DEADLINE | u32::from(VECTOR));
     measure("WRMSR TSC deadline", ROUNDS, || {
         write_msr(msr::TSC_DEADLINE, far)
     });
-    cpu::enable_interrupts();
-    measure("TSC deadline that is over, handler, EOI", ROUNDS, || {
-        write_msr(msr::TSC_DEADLINE, 1);
+    apic::write(register::LVT_TIMER, entry::TSC_DEADLINE | u32::from(TIMER));
+    wait("timer interrupt, lateness of the handler", || {
+        let deadline = arm();
+        spin();
+        AT.get() - deadline
     });
-    cpu::disable_interrupts();
-    late("timer to the handler, lateness", || {
-        raw!("sti", "2: test dword ptr [{}], 1", "jz 2b", "cli", in(reg) FIRED.as_ptr(), options(nostack));
+    wait("timer interrupt, taken from a loop", || {
+        arm();
+        let start = rdtsc();
+        let rounds = spin();
+        rdtsc() - start - SPIN * rounds
     });
-    late("HLT to wake-up by timer, lateness", || {
+    wait("HLT, lateness of the timer's handler", || {
+        let deadline = arm();
         raw!("sti", "hlt", "cli", options(nostack));
+        AT.get() - deadline
     });
     write_msr(msr::TSC_DEADLINE, 0);
 }
 
-static FIRED: core::sync::atomic::AtomicU32 = core::sync::atomic::AtomicU32::new(0);
+/// Sets the timer, and says for when.
+fn arm() -> u64 {
+    FIRED.store(0, Relaxed);
+    let deadline = rdtsc() + microseconds(50);
+    write_msr(msr::TSC_DEADLINE, deadline);
+    deadline
+}
 
-/// How late the handler starts after a deadline for which `wait` waits.
-fn late(name: &str, wait: impl Fn()) {
-    use core::sync::atomic::Ordering::Relaxed;
-    static AT: vireo_test_guests::Shared<u64> = vireo_test_guests::Shared::new(0);
-    exceptions::on(VECTOR + 1, |_| {
-        AT.set(rdtsc());
-        FIRED.store(1, Relaxed);
-        apic::eoi();
-    });
-    apic::write(
-        register::LVT_TIMER,
-        entry::TSC_DEADLINE | u32::from(VECTOR + 1),
+/// Instructions of one round of [`spin`].
+const SPIN: u64 = 3;
+
+/// Spins until the timer's handler has run; how many rounds.
+#[inline(always)]
+fn spin() -> u64 {
+    let mut rounds = 0u64;
+    raw!(
+        "sti",
+        "2: inc {}",
+        "test dword ptr [{}], 1",
+        "jz 2b",
+        "cli",
+        inout(reg) rounds,
+        in(reg) FIRED.as_ptr(),
+        options(nostack)
     );
-    let rounds = 100;
-    let mut sum = 0;
-    for _ in 0..rounds {
-        FIRED.store(0, Relaxed);
-        let deadline = rdtsc() + microseconds(50);
-        write_msr(msr::TSC_DEADLINE, deadline);
-        wait();
-        sum += AT.get() - deadline;
-    }
-    say(name, sum, rounds);
+    rounds
+}
+
+/// Sums up what [`WAITS`] rounds of `body` say.
+fn wait(name: &str, body: impl Fn() -> u64) {
+    body();
+    let before = counts();
+    let ticks = (0..WAITS).map(|_| body()).sum();
+    say("", name, ticks, WAITS, before.zip(counts()));
 }
