@@ -194,6 +194,8 @@ impl<'a> Loaded<'a> {
                 ready();
                 info!("vm {}: started, {} MiB", config.name, config.memory >> 20);
                 super::log::quiet(true);
+                #[cfg(feature = "count-vmcs")]
+                crate::vmx::count::reset();
                 let end = vcpu.run(&mut stack, &entry);
                 super::log::quiet(false);
                 info!("vm {}: {}", config.name, Exits(stack.counts()));

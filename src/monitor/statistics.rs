@@ -22,6 +22,8 @@ impl fmt::Display for Exits<'_> {
             let count = self.0[reason];
             let separator = if before.is_none() { ": " } else { ", " };
             write!(f, "{separator}{} {count}", exit_reason::name(reason))?;
+            #[cfg(feature = "count-vmcs")]
+            write_means(f, reason)?;
             before = Some(reason);
             rest -= count;
         }
@@ -30,6 +32,20 @@ impl fmt::Display for Exits<'_> {
         }
         Ok(())
     }
+}
+
+/// The VMREADs and VMWRITEs of an exit.
+#[cfg(feature = "count-vmcs")]
+fn write_means(f: &mut fmt::Formatter<'_>, reason: usize) -> fmt::Result {
+    let Some([reads, writes]) = crate::vmx::count::means(reason) else {
+        return Ok(());
+    };
+    let tenths = |count| (count / 10, count % 10);
+    let ((read, read_tenths), (write, write_tenths)) = (tenths(reads), tenths(writes));
+    write!(
+        f,
+        " ({read}.{read_tenths} VMREADs, {write}.{write_tenths} VMWRITEs)"
+    )
 }
 
 /// The most frequent reason after `before`, in the order of falling counts and

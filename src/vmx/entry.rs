@@ -213,6 +213,8 @@ unsafe extern "C" fn exit_stub() {
         "cmp rax, {reasons}",
         "jae 2f",
         "inc qword ptr [rsp + 8 * rax + {counts}]",
+        #[cfg(feature = "count-vmcs")]
+        "push rax; push rax; mov edi, eax; call {counted}; pop rax; pop rax",
         "mov rdi, [rsp + {context}]",
         "mov rsi, rsp",
         "mov rcx, [rsp + {light}]",
@@ -243,6 +245,8 @@ unsafe extern "C" fn exit_stub() {
         context = const CONTEXT,
         light = const LIGHT,
         unanswered = const Verdict::HEAVY.0,
+        #[cfg(feature = "count-vmcs")]
+        counted = sym super::count::exit,
         heavy = sym heavy,
         failed = sym failed,
     )

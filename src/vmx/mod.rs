@@ -10,6 +10,8 @@ pub mod bitmap;
 pub mod capability;
 pub mod check;
 pub mod controls;
+#[cfg(feature = "count-vmcs")]
+pub mod count;
 pub mod entry;
 pub mod ept;
 pub mod ept_frames;

@@ -1,6 +1,8 @@
 //! The VMCS: its region, and its fields typed by width and by whether they can
 //! be written, so that a field cannot be misused (SDM 3, chapter 25 and appendix B).
 
+#[cfg(feature = "count-vmcs")]
+use super::count;
 use super::operation::VmxError;
 use crate::addr::Hpa;
 use crate::host::memory::{self, frames::FrameRange};
@@ -251,6 +253,8 @@ impl Vmcs {
     /// Reads a field that every CPU with VT-x has.
     #[inline(always)]
     pub fn read_basic<V: Value, A>(&self, field: Field<V, A>) -> V {
+        #[cfg(feature = "count-vmcs")]
+        count::read();
         let bits: u64;
         // SAFETY: as in `read_raw`; the field exists, so the register is written.
         unsafe {
@@ -262,6 +266,8 @@ impl Vmcs {
     /// Reads by encoding, for reports that walk over fields.
     #[inline(always)]
     pub fn read_raw(&self, encoding: u32) -> u64 {
+        #[cfg(feature = "count-vmcs")]
+        count::read();
         let mut bits = 0u64;
         // SAFETY: `self` says that a VMCS is current; VMREAD touches nothing else. For an
         // unknown field it fails and leaves `bits` as it is.
@@ -274,6 +280,8 @@ impl Vmcs {
     /// Writes a field; a field that this CPU does not have is left alone.
     #[inline(always)]
     pub fn write<V: Value>(&mut self, field: Field<V, ReadWrite>, value: V) {
+        #[cfg(feature = "count-vmcs")]
+        count::write();
         // SAFETY: `self` says that a VMCS is current. What is written takes effect at the next
         // entry, whose caller answers for the state as a whole.
         unsafe {
