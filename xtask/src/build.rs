@@ -1,4 +1,4 @@
-//! Builds the kernel and the loader, which are freestanding.
+//! Builds the kernel and the loader, which are freestanding, and the programs of tests.
 //!
 //! No freestanding target can be had for the pinned toolchain (see
 //! `rust-toolchain.toml`), so both use the host target's prebuilt `core` and
@@ -102,6 +102,15 @@ fn hypervisor(folder: &Path, features: &str) -> Result<Built> {
     })
 }
 
+/// As [`all`], with a kernel that counts VMREADs and VMWRITEs (`src/vmx/count.rs`), in
+/// an output folder of its own.
+///
+/// # Errors
+/// As [`all`].
+pub fn counting() -> Result<Built> {
+    hypervisor(&paths::target().join("count-vmcs"), "bare,count-vmcs")
+}
+
 /// Builds the EFI application that locks VT-x off and starts the loader.
 ///
 /// # Errors
@@ -181,6 +190,24 @@ pub fn stopwatch() -> Result<PathBuf> {
     program.build(&[], &flags, &[])
 }
 
+/// Builds the benchmark's workload, a static Linux program.
+///
+/// # Errors
+/// When it does not compile.
+pub fn workload() -> Result<PathBuf> {
+    let flags = [
+        "-Ctarget-feature=+crt-static",
+        "-Crelocation-model=static",
+        "-Cstrip=symbols",
+    ];
+    let program = Program {
+        folder: &output_folder(),
+        package: "vireo-workload",
+        name: "workload",
+    };
+    program.build_hosted(&[], &flags, &[])
+}
+
 fn output_folder() -> PathBuf {
     paths::target().join("bare")
 }
@@ -194,14 +221,23 @@ struct Program<'a> {
 }
 
 impl Program<'_> {
-    /// Builds it and returns where it is.
+    /// Builds freestanding code and returns where it is.
     fn build(&self, options: &[&str], flags: &[&str], env: &[(&str, &Path)]) -> Result<PathBuf> {
+        self.build_hosted(options, &[FREESTANDING, flags].concat(), env)
+    }
+
+    /// Builds a program with these flags alone and returns where it is.
+    fn build_hosted(
+        &self,
+        options: &[&str],
+        flags: &[&str],
+        env: &[(&str, &Path)],
+    ) -> Result<PathBuf> {
         let Self {
             folder,
             package,
             name,
         } = *self;
-        let flags: Vec<&str> = FREESTANDING.iter().chain(flags).copied().collect();
         let terminal = std::io::stderr().is_terminal();
         let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut command = bound_command(Path::new(&program));

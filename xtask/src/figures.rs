@@ -125,12 +125,8 @@ impl Baseline {
 
     /// The instructions, where they were measured.
     pub fn read(&self) -> Option<u64> {
-        fs::read_to_string(&self.file)
-            .ok()?
-            .trim()
-            .parse()
-            .ok()
-            .filter(|count| *count > 0)
+        let count = self.read_text()?.trim().parse().ok()?;
+        (count > 0).then_some(count)
     }
 
     /// Keeps what was measured.
@@ -138,9 +134,22 @@ impl Baseline {
     /// # Errors
     /// When the file cannot be written.
     pub fn write(&self, count: u64) -> Result<()> {
+        self.write_text(&format!("{count}\n"))
+    }
+
+    /// What was measured, where it is more than a number.
+    pub fn read_text(&self) -> Option<String> {
+        fs::read_to_string(&self.file).ok()
+    }
+
+    /// Keeps more than a number.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write_text(&self, text: &str) -> Result<()> {
         let folder = self.file.parent().context("no folder for baselines")?;
         fs::create_dir_all(folder)
-            .and_then(|()| fs::write(&self.file, format!("{count}\n")))
+            .and_then(|()| fs::write(&self.file, text))
             .with_context(|| format!("cannot write {}", self.file.display()))
     }
 }

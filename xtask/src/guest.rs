@@ -95,6 +95,8 @@ pub struct Exec<'a> {
     pub nonce: &'a str,
     /// The shell script to run; without one, the shell reads the input.
     pub command: Option<&'a str>,
+    /// Programs on its search path, by name.
+    pub programs: &'a [(&'a str, &'a [u8])],
     /// The first process, which starts the script that does all this.
     pub stopwatch: &'a [u8],
     /// Busybox and its applets, for an initrd that is not ours.
@@ -106,6 +108,7 @@ pub struct Exec<'a> {
 pub fn exec_overlay(exec: &Exec) -> Vec<u8> {
     let mut archive = Archive::new();
     archive.directory("vireo");
+    archive.directory("vireo/bin");
     let busybox = if exec.busybox.is_some() {
         "/vireo/busybox"
     } else {
@@ -125,8 +128,10 @@ pub fn exec_overlay(exec: &Exec) -> Vec<u8> {
     if let Some(command) = exec.command {
         archive.file("vireo/command", 0o644, format!("{command}\n").as_bytes());
     }
+    for (name, contents) in exec.programs {
+        archive.file(&format!("vireo/bin/{name}"), 0o755, contents);
+    }
     if let Some((contents, applets)) = exec.busybox {
-        archive.directory("vireo/bin");
         archive.file("vireo/busybox", 0o755, contents);
         for applet in applets {
             archive.symlink(&format!("vireo/bin/{applet}"), "../busybox");
@@ -216,12 +221,14 @@ mod tests {
         let exec = Exec {
             nonce: "n0",
             command: Some(command),
+            programs: &[("tool", b"\x7fELF tool")],
             stopwatch: b"\x7fELF",
             busybox: Some((b"\x7fELF", &["sh".into()])),
         };
         let overlay = exec_overlay(&exec);
         let text = String::from_utf8_lossy(&overlay);
         assert!(text.contains(command));
+        assert!(text.contains("vireo/bin/tool\0") && text.contains("\x7fELF tool"));
         assert!(text.starts_with("070701") && text.contains("#!/vireo/busybox sh\n"));
         for placeholder in ["@BUSYBOX@", "@NONCE@", "@SHELL@"] {
             assert!(!text.contains(placeholder));

@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod build;
 pub mod cpio;
 pub mod figures;

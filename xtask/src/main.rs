@@ -1,4 +1,4 @@
-//! The command line: `cargo xtask build`, `image`, `run`.
+//! The command line: `cargo xtask build`, `image`, `run`, `test`, `bench`.
 
 #![forbid(unsafe_code)]
 
@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use xtask::run::{self, GuestOptions};
-use xtask::test;
+use xtask::{bench, test};
 
 /// Builds Vireo, makes its disk image, and runs it
 #[derive(Parser)]
@@ -46,6 +46,10 @@ enum Command {
     ///
     /// Results are in target/tests too, as JUnit XML beside the machines' logs.
     Test(test::Options),
+    /// Measure what VM exits and a Linux workload cost, in instructions on the emulator
+    ///
+    /// Fails where a row takes more than its ceiling in tests/budgets.toml.
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
@@ -77,5 +81,6 @@ fn execute(command: Command) -> Result<u8> {
         Command::Image { output, guest } => run::make_image(&output, &guest).map(|()| 0),
         Command::Run(options) => run::run(&options),
         Command::Test(options) => test::run(&options),
+        Command::Bench(options) => bench::run(&options),
     }
 }

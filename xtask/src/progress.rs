@@ -9,6 +9,7 @@ use std::time::Duration;
 /// moving line.
 pub struct Progress {
     bar: Option<ProgressBar>,
+    silent: bool,
 }
 
 impl Progress {
@@ -21,7 +22,15 @@ impl Progress {
             }
             bar
         });
-        Self { bar }
+        Self { bar, silent: false }
+    }
+
+    /// One that shows nothing, for what is a part of something shown.
+    pub fn silent() -> Self {
+        Self {
+            bar: None,
+            silent: true,
+        }
     }
 
     /// A new stage has begun.
@@ -31,6 +40,7 @@ impl Progress {
                 bar.enable_steady_tick(Duration::from_millis(100));
                 bar.set_message(text.to_owned());
             }
+            None if self.silent => {}
             None => eprintln!("{text}"),
         }
     }

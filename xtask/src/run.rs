@@ -12,7 +12,7 @@ use crate::{build, image, paths, symbols};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use std::fs;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use vireo_handoff::config::ApicMode;
@@ -21,7 +21,7 @@ use vireo_handoff::config::ApicMode;
 const UNATTENDED: Duration = Duration::from_secs(600);
 
 /// The disk image in the folder of a run.
-const DISK: &str = "disk.img";
+pub(crate) const DISK: &str = "disk.img";
 
 /// Which guests are put on the boot volume.
 #[derive(Args, Debug, Default)]
@@ -160,6 +160,7 @@ pub fn run(options: &Options) -> Result<u8> {
     let job = Job {
         nonce: &nonce,
         command: options.exec.as_deref(),
+        programs: &[],
     };
     let disk = match &options.disk {
         Some(given) => Disk::Given(given),
@@ -213,6 +214,7 @@ pub fn run(options: &Options) -> Result<u8> {
         machine,
         vireo: matches!(system, System::Vireo(_)),
         streams,
+        output: &mut io::stdout(),
         log,
         limit,
         progress: &progress,
@@ -243,7 +245,7 @@ pub fn run(options: &Options) -> Result<u8> {
 }
 
 /// What a machine boots.
-enum Disk<'a> {
+pub(crate) enum Disk<'a> {
     /// An image is made of it.
     Volume(Volume),
     /// An image that exists.
@@ -252,7 +254,7 @@ enum Disk<'a> {
 
 impl Disk<'_> {
     /// Bytes of memory of the guests; assumed where only they know.
-    fn memory(&self) -> u64 {
+    pub(crate) fn memory(&self) -> u64 {
         match self {
             Self::Volume(volume) => volume.memory,
             Self::Given(_) => 256 << 20,
@@ -269,7 +271,7 @@ impl Disk<'_> {
 }
 
 /// What runs on the machine.
-enum System {
+pub(crate) enum System {
     /// Vireo, and guests in it.
     Vireo(Built),
     /// The guest itself, without Vireo.
@@ -278,7 +280,7 @@ enum System {
 
 impl System {
     /// Writes the disk of a machine, and completes its configuration.
-    fn write_disk(&self, disk: Disk, config: &mut MachineConfig) -> Result<()> {
+    pub(crate) fn write_disk(&self, disk: Disk, config: &mut MachineConfig) -> Result<()> {
         match (self, disk) {
             (Self::Vireo(built), Disk::Volume(volume)) => image::write(
                 &config.disk,
@@ -301,7 +303,7 @@ impl System {
     }
 
     /// What is built for it.
-    fn built(&self) -> Option<&Built> {
+    pub(crate) fn built(&self) -> Option<&Built> {
         match self {
             Self::Vireo(built) => Some(built),
             Self::Guest(_) => None,
@@ -342,7 +344,7 @@ pub fn make_image(output: &Path, guest: &GuestOptions) -> Result<()> {
     Ok(())
 }
 
-fn power_on(
+pub(crate) fn power_on(
     platform: &dyn Platform,
     config: &MachineConfig,
     progress: &Progress,
@@ -375,7 +377,7 @@ fn show_backtrace(report: &Report, kernel: &Path) {
 }
 
 /// Sixteen random hexadecimal digits.
-fn nonce() -> Result<String> {
+pub(crate) fn nonce() -> Result<String> {
     let mut bytes = [0; 8];
     fs::File::open("/dev/urandom")
         .and_then(|mut file| file.read_exact(&mut bytes))
@@ -384,14 +386,14 @@ fn nonce() -> Result<String> {
 }
 
 /// A folder for one run.
-struct RunFolder {
-    path: PathBuf,
+pub(crate) struct RunFolder {
+    pub(crate) path: PathBuf,
 }
 
 impl RunFolder {
     /// Creates it: `given`, or one named by our process id, after removing
     /// those of processes that are gone.
-    fn create(given: Option<&Path>) -> Result<Self> {
+    pub(crate) fn create(given: Option<&Path>) -> Result<Self> {
         let path = match given {
             Some(given) => std::path::absolute(given).context("no such folder is possible")?,
             None => {
@@ -409,7 +411,7 @@ impl RunFolder {
     }
 
     /// The logs stay: in a folder of ours until the next run.
-    fn close(self) {
+    pub(crate) fn close(self) {
         for image in [DISK, rig::DISK] {
             let _ = fs::remove_file(self.path.join(image));
         }

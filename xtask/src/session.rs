@@ -27,7 +27,7 @@ const POWER_OFF: Duration = Duration::from_secs(60);
 pub enum Streams<'a> {
     /// The terminal is the guest's console.
     Terminal,
-    /// What the console says is copied to standard output; there is no input.
+    /// What the console says is copied to the output; there is no input.
     Console,
     /// The guest runs a job with this nonce, see [`crate::framing`]. The input
     /// is passed on only where `input` says so.
@@ -74,6 +74,8 @@ pub struct Session<'a> {
     pub vireo: bool,
     /// How it is joined to us.
     pub streams: Streams<'a>,
+    /// Where a job's output goes, and what else is shown of the console.
+    pub output: &'a mut dyn Write,
     /// Everything from the console is kept here.
     pub log: PathBuf,
     /// The most that it may take.
@@ -111,9 +113,9 @@ impl Session<'_> {
     }
 }
 
-struct Loop<'a> {
-    session: Session<'a>,
-    watcher: &'a mut Watcher,
+struct Loop<'s, 'w> {
+    session: Session<'s>,
+    watcher: &'w mut Watcher,
     log: File,
     signals: [(i32, UnixStream); 3],
     framer: Option<Framer>,
@@ -140,8 +142,8 @@ struct Loop<'a> {
 /// The stages that a starting machine goes through.
 const STAGES: [&str; 4] = ["firmware", "loader", "hypervisor", "kernel"];
 
-impl<'a> Loop<'a> {
-    fn new(session: Session<'a>, watcher: &'a mut Watcher) -> Result<Self> {
+impl<'s, 'w> Loop<'s, 'w> {
+    fn new(session: Session<'s>, watcher: &'w mut Watcher) -> Result<Self> {
         let log = File::create(&session.log)
             .with_context(|| format!("cannot write {}", session.log.display()))?;
         let framer = match session.streams {
@@ -371,9 +373,9 @@ impl<'a> Loop<'a> {
         self.send(&piece)
     }
 
-    /// Writes to standard output, unbuffered: what was shown is shown.
+    /// Writes to the output, unbuffered: what was shown is shown.
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        let mut output = io::stdout().lock();
+        let output = &mut self.session.output;
         match output.write_all(bytes).and_then(|()| output.flush()) {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => self.unread = true,
             result => result.context("cannot write to the standard output")?,

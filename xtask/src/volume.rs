@@ -43,6 +43,8 @@ pub struct Job<'a> {
     pub nonce: &'a str,
     /// The script, or `None` for a shell that reads the input.
     pub command: Option<&'a str>,
+    /// Programs for it, by name.
+    pub programs: &'a [(&'a str, &'a [u8])],
 }
 
 /// The configuration and its files.
@@ -284,6 +286,7 @@ fn with_job(
     let mut archive = guest::exec_overlay(&Exec {
         nonce: job.nonce,
         command: job.command,
+        programs: job.programs,
         stopwatch: &paths::read(&build::stopwatch()?)?,
         busybox,
     });

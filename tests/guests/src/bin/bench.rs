@@ -339,7 +339,7 @@ fn interrupts<M: Mode>() {
     }
     measure_in(
         M::NAME,
-        "raised TPR, self-IPI, lowered TPR, handler, EOI",
+        "self-IPI under a raised TPR, handler, EOI",
         ROUNDS,
         || {
             raw!("mov cr8, {}", in(reg) 15u64, options(nostack));
@@ -350,7 +350,7 @@ fn interrupts<M: Mode>() {
     apic::write(register::LVT_TIMER, entry::TSC_DEADLINE | u32::from(VECTOR));
     measure_in(
         M::NAME,
-        "TSC deadline that is over, handler, EOI",
+        "TSC deadline at once, handler, EOI",
         ROUNDS,
         || write_msr(msr::TSC_DEADLINE, 1),
     );

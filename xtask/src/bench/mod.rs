@@ -1,0 +1,485 @@
+//! `cargo xtask bench`: what VM exits cost, and a Linux guest beside the same
+//! without Vireo, in instructions on the emulator.
+//!
+//! | module | what it is |
+//! | --- | --- |
+//! | [`boot`] | the machines |
+//! | [`exits`] | the small guest `bench`, once in each tier of the local APIC |
+//! | [`workload`] | the program `tests/workload` in Linux, and the exits that it causes |
+//! | [`budget`] | `tests/budgets.toml`, and how a measurement stands to it |
+//! | [`table`] | what is printed |
+
+mod boot;
+mod budget;
+mod exits;
+mod table;
+mod workload;
+
+use crate::build;
+use crate::figures::Baseline;
+use crate::guest;
+use crate::machine::{Bare, Bochs};
+use crate::paths;
+use crate::progress::Progress;
+use crate::provision::Provisioner;
+use crate::run::{RunFolder, System, nonce};
+use crate::volume::{Job, Single, Volume};
+use anyhow::{Context, Result, bail, ensure};
+use boot::{Boot, IPS, Seen};
+use budget::{Budgets, Unit};
+use clap::Args;
+use exits::Tier;
+use serde_json::{Value, json};
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use workload::{Exits, Workload};
+
+/// `cargo xtask bench`
+#[derive(Args, Debug)]
+pub struct Options {
+    /// Only the table of exits, without the Linux workload
+    #[arg(long)]
+    exits: bool,
+    /// Show and judge only rows whose name contains TEXT
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    filter: String,
+    /// Write the same to FILE
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// The emulator's CPU model, by the emulator's name for it
+    #[arg(long, value_name = "MODEL")]
+    cpu: Option<String>,
+    /// Set the ceilings in tests/budgets.toml a little above what is measured, say why there, and
+    /// put the tables into the README
+    #[arg(long, value_name = "REASON", conflicts_with = "cpu")]
+    accept: Option<String>,
+}
+
+/// What was measured.
+struct Measured {
+    tiers: Vec<Tier>,
+    linux: Option<Linux>,
+}
+
+/// The workload.
+struct Linux {
+    vireo: Workload,
+    bare: Workload,
+    /// Exits a second, by reason.
+    rates: Vec<(String, f64)>,
+}
+
+/// Runs the command, and returns the exit code.
+///
+/// # Errors
+/// When something cannot be measured, or takes more than its ceiling.
+pub fn run(options: &Options) -> Result<u8> {
+    let mut budgets = Budgets::load()?;
+    let measured = measure(options)?;
+    if let Some(reason) = &options.accept {
+        budgets.accept_exits(&measured.tiers, reason);
+        if let Some(linux) = &measured.linux {
+            budgets.accept_workload(&linux.vireo, &linux.bare, reason);
+        }
+        budgets.save()?;
+        measured.save_to_readme(&budgets)?;
+    }
+    let filter = options.filter.as_str();
+    print!("{}", measured.exit_text(&budgets, filter));
+    if let Some(text) = measured.workload_text(&budgets, filter) {
+        print!("\n{text}");
+    }
+    if let Some(file) = &options.json {
+        let text = serde_json::to_string_pretty(&measured.json(&budgets, options))?;
+        fs::write(file, text + "\n").with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    let failures = measured.failures(&budgets, filter);
+    ensure!(
+        failures.is_empty(),
+        "{} (cargo xtask bench --accept REASON changes {})",
+        failures.join("; "),
+        budget::FILE
+    );
+    Ok(0)
+}
+
+/// The README's blocks that are these tables, by their markers.
+const README_EXITS: &str = "exits";
+const README_WORKLOAD: &str = "workload";
+
+impl Measured {
+    /// The table of exits, for people.
+    fn exit_text(&self, budgets: &Budgets, filter: &str) -> String {
+        let mut text = format!(
+            "Instructions for each round trip, the guest's own loop included; KVM without\n\
+             mitigations; exits, VMREADs and VMWRITEs in the last tier.\n\n{}",
+            table::exits(&self.tiers, budgets, filter)
+        );
+        for tier in &self.tiers {
+            if let Some(reason) = &tier.refused {
+                text += &format!("{}: not on this CPU: {reason}\n", tier.mode);
+            }
+        }
+        text
+    }
+
+    /// The tables of the workload, for people.
+    fn workload_text(&self, budgets: &Budgets, filter: &str) -> Option<String> {
+        let linux = self.linux.as_ref()?;
+        Some(format!(
+            "{}\nInstructions for each operation of a Linux guest, and on the bare emulator.\n\n{}",
+            table::rates(&linux.rates),
+            table::workload(&linux.vireo, &linux.bare, budgets, filter)
+        ))
+    }
+
+    /// Puts the tables into the README.
+    fn save_to_readme(&self, budgets: &Budgets) -> Result<()> {
+        let file = paths::root().join("README.md");
+        let mut text = String::from_utf8(paths::read(&file)?)?;
+        text = with_block(&text, README_EXITS, &self.exit_text(budgets, ""));
+        if let Some(workload) = self.workload_text(budgets, "") {
+            text = with_block(&text, README_WORKLOAD, &workload);
+        }
+        fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))
+    }
+}
+
+/// `text` with the block called `name` replaced, which stands between two comments.
+fn with_block(text: &str, name: &str, block: &str) -> String {
+    let (start, end) = (
+        format!("<!-- bench: {name} -->\n"),
+        format!("<!-- end: {name} -->"),
+    );
+    match (text.split_once(&start), text.split_once(&end)) {
+        (Some((before, _)), Some((_, after))) => {
+            format!("{before}{start}```text\n{block}```\n{end}{after}")
+        }
+        _ => text.to_owned(),
+    }
+}
+
+/// Builds what is needed, boots it, and reads what was said.
+fn measure(options: &Options) -> Result<Measured> {
+    let progress = Progress::new();
+    let provisioner = Provisioner::new(&progress);
+    let bochs = provisioner.bochs()?;
+    let bare = if options.exits {
+        None
+    } else {
+        Some(provisioner.bare()?)
+    };
+    progress.clear();
+    let plain = System::Vireo(build::all()?);
+    let counting = System::Vireo(build::counting()?);
+    let folder = RunFolder::create(None)?;
+    let cpu = options.cpu.as_deref();
+    let guest = exit_guest(&folder.path)?;
+    let exits = |name, system| -> Result<Boot> {
+        Ok(Boot {
+            name,
+            system,
+            platform: &bochs,
+            volume: Volume::from_config(&guest, None, &provisioner)?,
+            job: None,
+            cpu,
+        })
+    };
+    let mut boots = vec![exits("exits", &plain)?, exits("vmcs", &counting)?];
+    let linux = bare
+        .map(|bare| LinuxGuest::new(&provisioner, &bochs, bare, cpu))
+        .transpose()?;
+    if let Some(linux) = &linux {
+        boots.extend(linux.boots(&plain, cpu, &provisioner)?);
+    }
+    let mut seen = boot::run_all(boots, &folder.path, &progress)?.into_iter();
+    progress.clear();
+    let mut next = || seen.next().context("a machine was not measured");
+    let mut tiers = tiers(next()?)?;
+    exits::add_counts(&mut tiers, &self::tiers(next()?)?);
+    let linux = match linux {
+        Some(guest) => Some(guest.measured(next()?, seen.next())?),
+        None => None,
+    };
+    Ok(Measured { tiers, linux })
+}
+
+/// Puts the guest `bench` and its configuration into `folder`.
+fn exit_guest(folder: &Path) -> Result<PathBuf> {
+    let name = "bench";
+    let config = folder.join("vireo.toml");
+    fs::copy(build::guest(name)?, folder.join(name))
+        .and_then(|_| fs::write(&config, exits::configuration(name)))
+        .with_context(|| format!("cannot write {}", folder.display()))?;
+    Ok(config)
+}
+
+/// What the guest `bench` has said; how its machine ended matters where it has not.
+fn tiers(seen: Seen) -> Result<Vec<Tier>> {
+    let tiers = exits::parse(&seen.console);
+    match (seen.end, tiers) {
+        (_, Ok(tiers)) if exits::best(&tiers).is_some() => Ok(tiers),
+        (Err(error), _) => Err(error),
+        (Ok(_), Err(error)) => Err(error),
+        (Ok(_), Ok(_)) => bail!("no guest of the benchmark has started"),
+    }
+}
+
+/// The Linux guest, with Vireo and without.
+struct LinuxGuest<'a> {
+    bochs: &'a Bochs,
+    bare: System,
+    bare_platform: Bare,
+    program: Vec<u8>,
+    nonce: String,
+    baseline: Baseline,
+}
+
+impl<'a> LinuxGuest<'a> {
+    const COMMAND: &'static str = "workload";
+
+    fn new(
+        provisioner: &Provisioner,
+        bochs: &'a Bochs,
+        bare: Bare,
+        cpu: Option<&str>,
+    ) -> Result<Self> {
+        let mut guest = Self {
+            bochs,
+            bare: System::Guest(bare.clone()),
+            bare_platform: bare,
+            program: paths::read(&build::workload()?)?,
+            nonce: nonce()?,
+            baseline: Baseline::new(0, IPS, cpu),
+        };
+        let mut hasher = DefaultHasher::new();
+        (guest.volume(provisioner)?.fingerprint, &guest.program).hash(&mut hasher);
+        guest.baseline = Baseline::new(hasher.finish(), IPS, cpu);
+        Ok(guest)
+    }
+
+    fn volume(&self, provisioner: &Provisioner) -> Result<Volume> {
+        let job = Job {
+            nonce: &self.nonce,
+            command: Some(Self::COMMAND),
+            programs: &[(Self::COMMAND, &self.program)],
+        };
+        let cmdline = format!("{} {}", guest::CMDLINE, workload::OPTIONS);
+        let single = Single {
+            cmdline: Some(&cmdline),
+            ..Single::default()
+        };
+        Volume::single(&single, Some(&job), None, provisioner)
+    }
+
+    /// With Vireo, and without where that was not measured before.
+    fn boots<'b>(
+        &'b self,
+        vireo: &'b System,
+        cpu: Option<&'b str>,
+        provisioner: &Provisioner,
+    ) -> Result<Vec<Boot<'b>>> {
+        let mut boots = vec![Boot {
+            name: "workload",
+            system: vireo,
+            platform: self.bochs,
+            volume: self.volume(provisioner)?,
+            job: Some(&self.nonce),
+            cpu,
+        }];
+        if self.known().is_none() {
+            boots.push(Boot {
+                name: "workload-bare",
+                system: &self.bare,
+                platform: &self.bare_platform,
+                volume: self.volume(provisioner)?,
+                job: Some(&self.nonce),
+                cpu,
+            });
+        }
+        Ok(boots)
+    }
+
+    /// What was measured before on the bare emulator.
+    fn known(&self) -> Option<Workload> {
+        Workload::parse(&self.baseline.read_text()?)
+    }
+
+    fn measured(&self, vireo: Seen, bare: Option<Seen>) -> Result<Linux> {
+        if let Some(seen) = bare {
+            let text = workload::text(seen)?;
+            ensure!(
+                Workload::parse(&text).is_some(),
+                "the workload on the bare emulator says: {text}"
+            );
+            self.baseline.write_text(&text)?;
+        }
+        let bare = self.known().context("there is no baseline")?;
+        let exits = Exits::parse(&vireo.console, "linux")
+            .context("the hypervisor has not said how many exits there were")?;
+        let text = workload::text(vireo)?;
+        let vireo = Workload::parse(&text).with_context(|| format!("the workload says: {text}"))?;
+        Ok(Linux {
+            rates: exits.per_second(vireo.end),
+            vireo,
+            bare,
+        })
+    }
+}
+
+impl Measured {
+    /// A sentence for each row that takes more than it may.
+    fn failures(&self, budgets: &Budgets, filter: &str) -> Vec<String> {
+        let mut failures = Vec::new();
+        for tier in &self.tiers {
+            for row in tier.rows.iter().filter(|row| row.name.contains(filter)) {
+                let verdict = budgets.exit(&row.name).judge(row, tier.mode);
+                if let Some(why) = verdict.failure() {
+                    failures.push(format!(
+                        "{} takes {:.1} instructions in the tier {}, {why}",
+                        row.name, row.instructions, tier.mode
+                    ));
+                }
+            }
+        }
+        for (name, compared, budget) in self.compared(budgets, filter) {
+            if let Some(why) = budget.judge(compared).failure() {
+                let than = match budget.unit {
+                    Unit::Ratio => "times the bare emulator's",
+                    Unit::More => "more than on the bare emulator",
+                };
+                failures.push(format!("{name} is {compared:.3} {than}, {why}"));
+            }
+        }
+        failures
+    }
+
+    /// The workload's rows, compared with the bare emulator's.
+    fn compared<'a>(
+        &'a self,
+        budgets: &'a Budgets,
+        filter: &'a str,
+    ) -> impl Iterator<Item = (&'a str, f64, budget::WorkloadBudget)> {
+        self.linux
+            .iter()
+            .flat_map(|linux| linux.vireo.rows.iter().map(move |row| (linux, row)))
+            .filter(move |(_, row)| row.0.contains(filter))
+            .filter_map(|(linux, (name, number))| {
+                let budget = budgets.workload(name);
+                let compared = budget.unit.compare(*number, linux.bare.get(name)?);
+                Some((name.as_str(), compared, budget))
+            })
+    }
+
+    fn json(&self, budgets: &Budgets, options: &Options) -> Value {
+        let filter = options.filter.as_str();
+        let exits: Vec<Value> = self
+            .tiers
+            .iter()
+            .flat_map(|tier| tier.rows.iter().map(move |row| (tier.mode, row)))
+            .filter(|(_, row)| row.name.contains(filter))
+            .map(|(mode, row)| {
+                let budget = budgets.exit(&row.name);
+                json!({
+                    "name": row.name,
+                    "tier": mode.name(),
+                    "instructions": row.instructions,
+                    "goal": budget.goal.get(mode),
+                    "no_exit": budget.no_exit.contains(&mode),
+                    "ceiling": budget.ceiling.get(mode),
+                    "reason": budget.reason,
+                    "kvm": budget.kvm,
+                    "ratio": budget.kvm.map(|kvm| kvm / row.instructions),
+                    "exits": row.counts.map(|counts| counts.exits),
+                    "vmreads": row.counts.map(|counts| counts.reads),
+                    "vmwrites": row.counts.map(|counts| counts.writes),
+                    "verdict": format!("{:?}", budget.judge(row, mode)),
+                })
+            })
+            .collect();
+        let refused: serde_json::Map<String, Value> = self
+            .tiers
+            .iter()
+            .filter_map(|tier| Some((tier.mode.name().to_owned(), json!(tier.refused.clone()?))))
+            .collect();
+        let workload: Vec<Value> = self
+            .compared(budgets, filter)
+            .map(|(name, compared, budget)| {
+                let numbers = self.linux.as_ref();
+                json!({
+                    "name": name,
+                    "vireo": numbers.and_then(|linux| linux.vireo.get(name)),
+                    "bare": numbers.and_then(|linux| linux.bare.get(name)),
+                    "compared": compared,
+                    "goal": budget.goal,
+                    "ceiling": budget.ceiling,
+                    "reason": budget.reason,
+                    "kvm": budget.kvm,
+                    "verdict": format!("{:?}", budget.judge(compared)),
+                })
+            })
+            .collect();
+        let rates: serde_json::Map<String, Value> = self
+            .linux
+            .iter()
+            .flat_map(|linux| &linux.rates)
+            .map(|(reason, rate)| (reason.clone(), json!(rate)))
+            .collect();
+        json!({
+            "cpu": options.cpu,
+            "exits": exits,
+            "not_on_this_cpu": refused,
+            "workload_exits_per_second": rates,
+            "workload": workload,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_of_the_readme_is_replaced_and_nothing_else() {
+        let text = "a\n<!-- bench: x -->\nold\n<!-- end: x -->\nb\n";
+        let new = "a\n<!-- bench: x -->\n```text\nnew\n```\n<!-- end: x -->\nb\n";
+        assert_eq!(with_block(text, "x", "new\n"), new);
+        assert_eq!(with_block(new, "x", "new\n"), new);
+        assert_eq!(with_block(text, "y", "new\n"), text);
+    }
+
+    #[test]
+    fn what_takes_more_than_it_may_is_named_with_both_numbers() {
+        let budgets = Budgets::load().unwrap();
+        let row = |name: &str, instructions| exits::Row {
+            name: name.into(),
+            instructions,
+            counts: None,
+        };
+        let measured = Measured {
+            tiers: vec![Tier {
+                mode: exits::TIERS[0],
+                refused: None,
+                rows: vec![
+                    row("CPUID", 1.0),
+                    row("VMCALL, null call", 1e6),
+                    row("y", 1.0),
+                ],
+            }],
+            linux: None,
+        };
+        let failures = measured.failures(&budgets, "");
+        assert_eq!(failures.len(), 2);
+        let ceiling = budgets.exit("VMCALL, null call").ceiling;
+        assert_eq!(
+            failures[0],
+            format!(
+                "VMCALL, null call takes 1000000.0 instructions in the tier emulated, the budget is {}",
+                ceiling.get(exits::TIERS[0]).unwrap()
+            )
+        );
+        assert!(failures[1].contains("y takes 1.0") && failures[1].contains("no budget"));
+        assert!(measured.failures(&budgets, "CPU").is_empty());
+    }
+}
