@@ -64,7 +64,8 @@ pub struct Chipset {
     i8042: I8042,
     system: SystemPorts,
     pci: ConfigPorts,
-    deadline: Option<Ticks>,
+    /// The earliest of its devices.
+    deadline: Ticks,
     unclaimed: u64,
 }
 
@@ -87,32 +88,28 @@ impl Chipset {
             i8042: I8042::default(),
             system: SystemPorts::default(),
             pci: ConfigPorts::default(),
-            deadline: None,
+            deadline: Ticks(u64::MAX),
             unclaimed: 0,
         }
     }
 
     /// Reads `width` (up to 4) bytes from `port`. Where nobody answers the
     /// value is all ones, and that is counted.
+    #[inline(always)]
     pub fn port_read(&mut self, now: Ticks, port: u16, width: Width) -> u32 {
-        let value = match (port, width) {
-            (pc::PM_TIMER, Width::Dword) => Some(self.pm.timer(now)),
-            (pc::PM_BASE..=PM_LAST, _) => Some(self.read_pm(now, port, width)),
-            (pc::PCI_ADDRESS, Width::Dword) => Some(self.pci.address()),
-            (pc::PCI_DATA..=PCI_DATA_LAST, _) => {
-                self.pci.read_data((port - pc::PCI_DATA) as u8, width)
-            }
-            (_, Width::Byte) => self.read_byte(now, port).map(u32::from),
-            _ => self.read_bytes(now, port, width),
+        let value = match width {
+            Width::Byte => self.read_byte(now, port).map(u32::from),
+            _ => self.read_wide(now, port, width),
         };
         value.unwrap_or_else(|| {
-            self.unclaimed = self.unclaimed.saturating_add(1);
+            self.count_unclaimed();
             width.mask() as u32
         })
     }
 
     /// Writes the low `width` (up to 4) bytes of `value` to `port`. Where nobody
     /// takes it, it vanishes, and that is counted.
+    #[inline(always)]
     pub fn port_write(
         &mut self,
         now: Ticks,
@@ -120,7 +117,41 @@ impl Chipset {
         width: Width,
         value: u32,
     ) -> Option<Request> {
-        let outcome = match (port, width) {
+        let outcome = match width {
+            Width::Byte => self.write_byte(now, port, value as u8),
+            _ => self.write_wide(now, port, width, value),
+        };
+        match outcome {
+            Write::Done => None,
+            Write::Asks(request) => Some(request),
+            Write::Unclaimed => {
+                self.count_unclaimed();
+                None
+            }
+        }
+    }
+
+    #[cold]
+    fn count_unclaimed(&mut self) {
+        self.unclaimed = self.unclaimed.saturating_add(1);
+    }
+
+    #[inline(never)]
+    fn read_wide(&mut self, now: Ticks, port: u16, width: Width) -> Option<u32> {
+        match (port, width) {
+            (pc::PM_TIMER, Width::Dword) => Some(self.pm.timer(now)),
+            (pc::PM_BASE..=PM_LAST, _) => Some(self.read_pm(now, port, width)),
+            (pc::PCI_ADDRESS, Width::Dword) => Some(self.pci.address()),
+            (pc::PCI_DATA..=PCI_DATA_LAST, _) => {
+                self.pci.read_data((port - pc::PCI_DATA) as u8, width)
+            }
+            _ => self.read_bytes(now, port, width),
+        }
+    }
+
+    #[inline(never)]
+    fn write_wide(&mut self, now: Ticks, port: u16, width: Width, value: u32) -> Write {
+        match (port, width) {
             (pc::PM_BASE..=PM_LAST, _) => self.write_pm(now, port, width, value),
             (pc::PCI_ADDRESS, Width::Dword) => {
                 self.pci.set_address(value);
@@ -129,16 +160,7 @@ impl Chipset {
             (pc::PCI_DATA..=PCI_DATA_LAST, _) => {
                 claimed(self.pci.write_data((port - pc::PCI_DATA) as u8))
             }
-            (_, Width::Byte) => self.write_byte(now, port, value as u8),
             _ => self.write_bytes(now, port, width, value),
-        };
-        match outcome {
-            Write::Done => None,
-            Write::Asks(request) => Some(request),
-            Write::Unclaimed => {
-                self.unclaimed = self.unclaimed.saturating_add(1);
-                None
-            }
         }
     }
 
@@ -165,9 +187,23 @@ impl Chipset {
     }
 
     /// When [`Chipset::advance`] has to be called at the latest.
-    #[inline]
     pub const fn deadline(&self) -> Option<Ticks> {
-        self.deadline
+        if self.deadline.0 == u64::MAX {
+            None
+        } else {
+            Some(self.deadline)
+        }
+    }
+
+    /// When somebody has to look after the chipset: at tick 0 while it has a message,
+    /// at its deadline, or, where it waits for nothing, at the end of time.
+    #[inline]
+    pub const fn due(&self) -> Ticks {
+        if self.has_message() {
+            Ticks(0)
+        } else {
+            self.deadline
+        }
     }
 
     /// The next message of the I/O APIC to the local APICs.
@@ -229,19 +265,34 @@ impl Chipset {
     }
 
     /// Reads a byte-wide port; `None` where nobody is.
+    #[inline(always)]
     fn read_byte(&mut self, now: Ticks, port: u16) -> Option<u8> {
+        match port {
+            pc::PIC_MASTER
+            | PIC_MASTER_DATA
+            | pc::PIC_SLAVE
+            | PIC_SLAVE_DATA
+            | pc::ELCR
+            | ELCR_SLAVE => self.interrupts.read_pic(port),
+            _ => self.read_device(now, port),
+        }
+    }
+
+    #[inline(never)]
+    fn read_device(&mut self, now: Ticks, port: u16) -> Option<u8> {
         Some(match port {
             pc::COM1..=COM1_LAST => {
                 let value = self.com1.read(now, (port - pc::COM1) as u8);
                 self.wire_com1();
                 value
             }
-            pc::PIC_MASTER
-            | PIC_MASTER_DATA
-            | pc::PIC_SLAVE
-            | PIC_SLAVE_DATA
-            | pc::ELCR
-            | ELCR_SLAVE => return self.interrupts.read_pic(port),
+            pc::PCI_DATA..=PCI_DATA_LAST => {
+                let offset = (port - pc::PCI_DATA) as u8;
+                return self
+                    .pci
+                    .read_data(offset, Width::Byte)
+                    .map(|value| value as u8);
+            }
             pc::PIT..=PIT_LAST => {
                 let value = self.pit.read(now, (port - pc::PIT) as u8);
                 self.wire_pit();
@@ -276,19 +327,30 @@ impl Chipset {
     }
 
     /// Writes a byte-wide port.
+    #[inline(always)]
     fn write_byte(&mut self, now: Ticks, port: u16, value: u8) -> Write {
+        match port {
+            pc::PIC_MASTER
+            | PIC_MASTER_DATA
+            | pc::PIC_SLAVE
+            | PIC_SLAVE_DATA
+            | pc::ELCR
+            | ELCR_SLAVE => claimed(self.interrupts.write_pic(port, value)),
+            _ => self.write_device(now, port, value),
+        }
+    }
+
+    #[inline(never)]
+    fn write_device(&mut self, now: Ticks, port: u16, value: u8) -> Write {
         let request = match port {
             pc::COM1..=COM1_LAST => {
                 self.com1.write(now, (port - pc::COM1) as u8, value);
                 self.wire_com1();
                 None
             }
-            pc::PIC_MASTER
-            | PIC_MASTER_DATA
-            | pc::PIC_SLAVE
-            | PIC_SLAVE_DATA
-            | pc::ELCR
-            | ELCR_SLAVE => return claimed(self.interrupts.write_pic(port, value)),
+            pc::PCI_DATA..=PCI_DATA_LAST => {
+                return claimed(self.pci.write_data((port - pc::PCI_DATA) as u8));
+            }
             pc::PIT..=PIT_LAST => {
                 self.pit.write(now, (port - pc::PIT) as u8, value);
                 self.wire_pit();
@@ -429,7 +491,8 @@ impl Chipset {
         ]
         .into_iter()
         .flatten()
-        .min();
+        .min()
+        .unwrap_or(Ticks(u64::MAX));
     }
 }
 

@@ -149,10 +149,12 @@ impl Controller {
         self.base | input
     }
 
-    fn read(&mut self, data_port: bool) -> u8 {
-        if core::mem::take(&mut self.poll) {
-            return self.acknowledge().map_or(0, |input| 0x80 | input);
-        }
+    fn poll(&mut self) -> u8 {
+        self.poll = false;
+        self.acknowledge().map_or(0, |input| 0x80 | input)
+    }
+
+    const fn read(&self, data_port: bool) -> u8 {
         match (data_port, self.read_isr) {
             (true, _) => self.imr,
             (false, true) => self.isr,
@@ -327,15 +329,20 @@ impl Pic {
     }
 
     /// Reads a port; `None` if it is none of the pair's.
+    #[inline]
     pub fn read(&mut self, port: u16) -> Option<u8> {
-        let value = match port {
-            0x20 | 0x21 => self.master.read(port & 1 != 0),
-            0xa0 | 0xa1 => self.slave.read(port & 1 != 0),
+        let chip = match port {
+            0x20 | 0x21 => &mut self.master,
+            0xa0 | 0xa1 => &mut self.slave,
             0x4d0 => return Some(self.master.level_triggered),
             0x4d1 => return Some(self.slave.level_triggered),
             _ => return None,
         };
+        if !chip.poll {
+            return Some(chip.read(port & 1 != 0));
+        }
         // A poll is an acknowledge cycle.
+        let value = chip.poll();
         self.update();
         Some(value)
     }
@@ -358,7 +365,21 @@ impl Pic {
 
     /// Lets the slave's output through the cascade to the master's. The cascade
     /// input follows the slave: it needs no edge of its own.
+    #[inline]
     fn update(&mut self) {
+        let slave = self.slave.irr & !self.slave.imr;
+        let master = self.master.irr & !self.master.imr & !CASCADE;
+        if slave | master == 0 {
+            // Mostly nobody asks.
+            self.master.irr &= !CASCADE;
+            self.intr = false;
+        } else {
+            self.choose();
+        }
+    }
+
+    #[inline(never)]
+    fn choose(&mut self) {
         let cascade = match self.slave.request() {
             Some(_) if !self.master.single => CASCADE,
             _ => 0,

@@ -6,6 +6,7 @@
 
 use super::{interrupts, io_apic, serial};
 use crate::arch::cpu::without_interrupts;
+use core::sync::atomic::{AtomicBool, Ordering};
 use spin::Mutex;
 
 /// Bytes that wait for the transmitter.
@@ -104,6 +105,10 @@ static CONSOLE: Mutex<Console> = Mutex::new(Console {
     draining: false,
 });
 
+/// The interrupt handler has run. What it has done is behind the lock, so that no
+/// order is asked for here.
+static MOVED: AtomicBool = AtomicBool::new(false);
+
 /// Runs `f` with the console locked. Interrupts are off meanwhile, since the
 /// handler takes the same lock.
 fn with<R>(f: impl FnOnce(&mut Console) -> R) -> R {
@@ -173,6 +178,7 @@ pub fn pending() -> usize {
 
 /// The UART's interrupt handler. Bounded, waits for nothing.
 pub fn interrupt() {
+    MOVED.store(true, Ordering::Relaxed);
     with(|console| {
         serial::acknowledge();
         for _ in 0..RECEIVE_BURST {
@@ -190,6 +196,13 @@ pub fn interrupt() {
             }
         }
     });
+}
+
+/// Whether the UART has interrupted since the last call: there may be input, or room
+/// for output. Costs a read where it has not.
+#[inline]
+pub fn has_moved() -> bool {
+    MOVED.load(Ordering::Relaxed) && MOVED.swap(false, Ordering::Relaxed)
 }
 
 /// Sends everything that is queued, by polling. Before power-off only.

@@ -1,7 +1,9 @@
 //! The flag word between an exit's answer and the way back into the guest.
 //!
-//! Mostly it is empty, and then nothing is looked at. What an answer does to the
-//! local APIC or to the chipset is followed by a look at what came of it.
+//! Mostly it is empty, and then nothing is looked at: not even the word, since
+//! whoever sets a flag ends the count of light exits too, and that is what the way back
+//! tests (see [`super::timer`]). What an answer does to the local APIC or to the
+//! chipset is followed by a look at what came of it.
 
 use super::Vcpu;
 use crate::devices::chipset::Chipset;
@@ -17,35 +19,53 @@ bitflags! {
         const DEVICES = 1 << 1;
         /// Bytes between the guest's COM1 and the host's console.
         const CONSOLE = 1 << 2;
-        /// The preemption timer has fallen behind.
-        const TIMER = 1 << 4;
         /// The run loop has to do something: [`super::Leave`].
         const LEAVE = 1 << 3;
     }
 }
 
 impl Vcpu {
+    /// Has this looked at before the guest runs on.
+    #[inline(always)]
+    pub(super) fn attend_to(&mut self, attention: Attention) {
+        self.attention |= attention;
+        self.timer.settle_now();
+    }
+
     /// After something was done to the local APIC.
     #[inline]
     pub(super) fn look_at_apic(&mut self) {
-        if self.has_interrupt() {
-            self.attention |= Attention::EVENTS;
+        if self.vm.signals.intr() {
+            self.attend_to(Attention::EVENTS);
         }
-        if self.timer.is_after(self.apic.deadline()) {
-            self.attention |= Attention::DEVICES;
+        self.look_at_apic_timer();
+    }
+
+    /// The same where at most its timer was armed, or has expired.
+    #[inline]
+    pub(super) fn look_at_apic_timer(&mut self) {
+        if self.apic.has_requests() {
+            self.attend_to(Attention::EVENTS);
+        }
+        if let Some(deadline) = self.apic.deadline()
+            && self.timer.is_after(deadline)
+        {
+            self.attend_to(Attention::DEVICES);
         }
     }
 
     /// Does something to the chipset, and looks at it.
-    #[inline]
+    #[inline(always)]
     pub(super) fn with_chipset<R>(&mut self, f: impl FnOnce(&mut Chipset) -> R) -> R {
         let mut chipset = self.vm.chipset.lock();
         let result = f(&mut chipset);
-        if chipset.has_message() || self.timer.is_after(chipset.deadline()) {
-            self.attention |= Attention::DEVICES;
+        let (intr, deadline) = self.vm.signals.publish(&chipset);
+        drop(chipset);
+        if self.timer.is_after(deadline) {
+            self.attend_to(Attention::DEVICES);
         }
-        if chipset.intr() && self.apic.lint0_takes_extint() {
-            self.attention |= Attention::EVENTS;
+        if intr {
+            self.attend_to(Attention::EVENTS);
         }
         result
     }

@@ -3,6 +3,7 @@
 
 use super::{Attention, Vcpu};
 use crate::devices::Message;
+use crate::devices::chipset::Chipset;
 use crate::devices::local_apic::Event;
 use crate::vmx::exit::InterruptionInfo;
 use crate::vmx::vmcs::{control, guest, information};
@@ -70,12 +71,20 @@ pub(super) const RFLAGS_RF: u64 = 1 << 16;
 const BLOCKED_BY_STI: u32 = 1;
 const BLOCKED_BY_MOV_SS: u32 = 1 << 1;
 const BLOCKED_BY_NMI: u32 = 1 << 3;
+/// The shadow of STI or MOV SS.
+const SHADOW: u32 = BLOCKED_BY_STI | BLOCKED_BY_MOV_SS;
 
 impl Pending {
+    /// Whether nothing waits but what the interrupt controllers have.
+    #[inline]
+    const fn is_empty(&self) -> bool {
+        self.interrupted.is_none() && self.exception.is_none() && !self.nmi && !self.extint
+    }
+
     /// First what was interrupted, then a fault of the instruction that exited; an NMI
     /// and an interrupt if the guest takes them now (SDM 3, 7.9 and 25.4.2).
     fn choose(&self, interrupt: bool, interruptibility: u32, rflags: u64) -> Choice {
-        let shadow = interruptibility & (BLOCKED_BY_STI | BLOCKED_BY_MOV_SS) != 0;
+        let shadow = interruptibility & SHADOW != 0;
         if self.interrupted.is_some() {
             Choice::Again
         } else if self.exception.is_some() {
@@ -92,6 +101,7 @@ impl Pending {
 
 impl Vcpu {
     /// Raises `exception` instead of completing the instruction that exited.
+    #[cold]
     pub(super) fn raise(&mut self, exception: Exception) {
         self.raised = Some(Raised {
             exception,
@@ -99,7 +109,7 @@ impl Vcpu {
             rip: self.vmcs.read(guest::RIP),
         });
         self.pending.exception = Some(exception);
-        self.attention |= Attention::EVENTS;
+        self.attend_to(Attention::EVENTS);
     }
 
     /// Delivers the guest's own exception, which has exited. That ends the shadow of
@@ -108,11 +118,10 @@ impl Vcpu {
         let error = self.vmcs.read(information::INTERRUPTION_ERROR_CODE);
         let length = self.vmcs.read(information::INSTRUCTION_LENGTH);
         self.pending.interrupted = Some((info, error, length));
-        self.attention |= Attention::EVENTS;
+        self.attend_to(Attention::EVENTS);
         let interruptibility = self.vmcs.read(guest::INTERRUPTIBILITY);
-        let shadow = BLOCKED_BY_STI | BLOCKED_BY_MOV_SS;
         self.vmcs
-            .write(guest::INTERRUPTIBILITY, interruptibility & !shadow);
+            .write(guest::INTERRUPTIBILITY, interruptibility & !SHADOW);
     }
 
     /// Whether the exit interrupted the delivery of an event.
@@ -128,7 +137,7 @@ impl Vcpu {
             let error = self.vmcs.read(information::IDT_VECTORING_ERROR_CODE);
             let length = self.vmcs.read(information::INSTRUCTION_LENGTH);
             self.pending.interrupted = Some((info, error, length));
-            self.attention |= Attention::EVENTS;
+            self.attend_to(Attention::EVENTS);
         }
         info.is_valid()
     }
@@ -159,7 +168,7 @@ impl Vcpu {
     }
 
     fn has_extint(&self) -> bool {
-        self.pending.extint || self.apic.lint0_takes_extint() && self.vm.chipset.lock().intr()
+        self.pending.extint || self.vm.signals.intr() && self.apic.lint0_takes_extint()
     }
 
     /// Sends a message to the local APICs that it names.
@@ -167,7 +176,7 @@ impl Vcpu {
         if !self.apic.is_destination(message.destination, from_self) {
             return;
         }
-        self.attention |= Attention::EVENTS;
+        self.attend_to(Attention::EVENTS);
         match self.apic.accept(message) {
             Event::Nmi => self.pending.nmi = true,
             Event::ExtInt => self.pending.extint = true,
@@ -180,23 +189,31 @@ impl Vcpu {
     /// it must not wait for an exit that may not come.
     #[inline]
     pub(super) fn inject(&mut self) {
-        let interrupt = self.has_interrupt();
-        let Pending {
-            interrupted: None,
-            exception: None,
-            nmi: false,
-            ..
-        } = self.pending
-        else {
-            return self.inject_first(interrupt);
-        };
-        if interrupt {
-            self.inject_first(interrupt);
+        if self.pending.is_empty() && !self.has_extint() {
+            self.inject_from_apic();
         } else {
-            self.set_window(false, false);
+            self.inject_first(self.has_interrupt());
         }
     }
 
+    /// [`Vcpu::inject`] where at most the local APIC has something: mostly.
+    #[inline]
+    fn inject_from_apic(&mut self) {
+        let Some(vector) = self.apic.pending() else {
+            return self.set_window(false, false);
+        };
+        let interruptibility = self.vmcs.read_basic(guest::INTERRUPTIBILITY);
+        let rflags = self.vmcs.read_basic(guest::RFLAGS);
+        if interruptibility & SHADOW != 0 || rflags & RFLAGS_IF == 0 {
+            return self.set_window(true, false);
+        }
+        self.apic.take_into_service(vector);
+        self.inject_event(InterruptionInfo::interrupt(vector), 0);
+        // What else the APIC has comes after this one.
+        self.set_window(false, false);
+    }
+
+    #[inline(never)]
     fn inject_first(&mut self, interrupt: bool) {
         let interruptibility = self.vmcs.read(guest::INTERRUPTIBILITY);
         let rflags = self.vmcs.read(guest::RFLAGS);
@@ -227,7 +244,7 @@ impl Vcpu {
         self.set_window(interrupt, nmi);
         if self.pending.nmi && !nmi {
             // No window will say when it can be taken: every exit is a chance.
-            self.attention |= Attention::EVENTS;
+            self.attend_to(Attention::EVENTS);
         }
     }
 
@@ -251,7 +268,7 @@ impl Vcpu {
     fn take_interrupt(&mut self) -> Option<u8> {
         if self.has_extint() {
             self.pending.extint = false;
-            return Some(self.vm.chipset.lock().acknowledge_pic());
+            return Some(self.with_chipset(Chipset::acknowledge_pic));
         }
         self.apic.acknowledge()
     }
@@ -315,19 +332,28 @@ impl Vcpu {
     #[inline(always)]
     pub(super) fn advance_rip(&mut self, length: u32) {
         let rip = self.vmcs.read_basic(guest::RIP);
-        let mut next = rip.wrapping_add(u64::from(length));
-        if (next as u32) < length && !self.is_64_bit() {
-            // EIP wraps, and an entry refuses anything above it (SDM 3, 27.3.1.4).
-            next &= 0xffff_ffff;
-        }
-        self.vmcs.write(guest::RIP, next);
+        // Where EIP wraps the entry fails: see `wrap_instruction_pointer`.
+        self.vmcs
+            .write(guest::RIP, rip.wrapping_add(u64::from(length)));
         let interruptibility = self.vmcs.read_basic(guest::INTERRUPTIBILITY);
-        let shadow = BLOCKED_BY_STI | BLOCKED_BY_MOV_SS;
-        if interruptibility & shadow != 0 {
+        if interruptibility & SHADOW != 0 {
             self.vmcs
-                .write(guest::INTERRUPTIBILITY, interruptibility & !shadow);
+                .write(guest::INTERRUPTIBILITY, interruptibility & !SHADOW);
         }
         self.trap_single_step();
+    }
+
+    /// Outside 64-bit code an instruction pointer beyond 32 bits wraps, and an entry
+    /// refuses it (SDM 3, 27.3.1.4). This is so rare that the refusal is waited for;
+    /// false where it had another reason.
+    #[cold]
+    pub(super) fn wrap_instruction_pointer(&mut self) -> bool {
+        let rip = self.vmcs.read(guest::RIP);
+        let wraps = rip >> 32 != 0 && !self.is_64_bit();
+        if wraps {
+            self.vmcs.write(guest::RIP, rip & 0xffff_ffff);
+        }
+        wraps
     }
 
     /// The trap after an instruction, or an iteration of one, that the hypervisor has

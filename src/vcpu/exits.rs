@@ -7,7 +7,7 @@ use super::{Attention, Leave, Vcpu, light};
 use crate::addr::Gva;
 use crate::arch::cpu;
 use crate::arch::registers::{GeneralRegisters, LightRegisters};
-use crate::host::interrupts;
+use crate::host::{console, interrupts};
 use crate::vmx::entry::{Guest, LightTable, Next};
 use crate::vmx::exit::{Exit, InterruptionInfo};
 use crate::vmx::vmcs::{guest, information};
@@ -23,7 +23,6 @@ impl Guest for Vcpu {
         if let Err(exception) = self.answer(Exit::decode(reason, &self.vmcs), registers) {
             self.raise(exception);
         }
-        self.count_light_exit();
         self.attend()
     }
 
@@ -43,26 +42,14 @@ impl Vcpu {
             Exit::Io(access) => self.port(access, registers.light())?,
             Exit::ControlRegister(access) => self.control_register(access, registers)?,
             Exit::EptViolation(violation) => self.ept_violation(violation, registers)?,
-            Exit::Hlt => {
-                self.skip_instruction();
-                self.leave(Leave::Halt);
-            }
+            Exit::Hlt => self.hlt(),
             Exit::Xsetbv => self.xsetbv(registers.light())?,
             Exit::Vmcall => self.vmcall(registers.light()),
-            Exit::ExternalInterrupt(vector) => {
-                interrupts::dispatch(vector);
-                // Its timer, the console, or nothing: cheaper to look than to know.
-                self.attention |= Attention::DEVICES | Attention::CONSOLE;
-            }
+            Exit::ExternalInterrupt(vector) => self.external_interrupt(vector),
             Exit::ExceptionOrNmi(info) => self.exception_or_nmi(info),
-            Exit::PreemptionTimer => {
-                // Bochs 2.7 keeps a host interrupt back as long as a guest that was entered
-                // with interrupts off leaves them off. It is taken here.
-                cpu::interrupt_window();
-                self.attention |= Attention::DEVICES | Attention::CONSOLE;
-            }
+            Exit::PreemptionTimer => self.preemption_timer(),
             Exit::InterruptWindow | Exit::NmiWindow | Exit::TprBelowThreshold => {
-                self.attention |= Attention::EVENTS;
+                self.attend_to(Attention::EVENTS);
             }
             // Caches are the host's: no device of the guest reads memory behind them.
             Exit::CacheInvalidation | Exit::Pause | Exit::Invlpg => self.skip_instruction(),
@@ -83,6 +70,7 @@ impl Vcpu {
             Exit::Init => self.end(End::Unsupported("an INIT signal")),
             Exit::StartUp => self.end(End::Unsupported("a start-up IPI")),
             Exit::EptMisconfiguration(gpa) => self.end(End::EptMisconfiguration(gpa)),
+            Exit::EntryFailure { .. } if self.wrap_instruction_pointer() => {}
             Exit::EntryFailure {
                 reason,
                 qualification,
@@ -116,6 +104,39 @@ impl Vcpu {
         }
         registers.rax = NO_SUCH_HYPERCALL;
         self.skip_instruction();
+    }
+
+    #[inline]
+    pub(super) fn hlt(&mut self) {
+        self.skip_instruction();
+        if self.has_wake_event() {
+            self.attend_to(Attention::EVENTS);
+        } else {
+            self.leave(Leave::Halt);
+        }
+    }
+
+    #[inline]
+    pub(super) fn external_interrupt(&mut self, vector: u8) {
+        interrupts::dispatch(vector);
+        self.look_at_host();
+    }
+
+    #[inline]
+    pub(super) fn preemption_timer(&mut self) {
+        // Bochs 2.7 keeps a host interrupt back as long as a guest that was entered
+        // with interrupts off leaves them off. It is taken here.
+        cpu::interrupt_window();
+        self.look_at_host();
+    }
+
+    /// After host interrupts: a deadline, the console, or nothing.
+    #[inline]
+    fn look_at_host(&mut self) {
+        self.attend_to(Attention::DEVICES);
+        if console::has_moved() {
+            self.attend_to(Attention::CONSOLE);
+        }
     }
 
     fn exception_or_nmi(&mut self, info: InterruptionInfo) {

@@ -92,16 +92,19 @@ impl Vcpu {
         Ok(())
     }
 
-    fn port_in(&mut self, port: u16, width: Width) -> u32 {
+    #[inline(always)]
+    pub(super) fn port_in(&mut self, port: u16, width: Width) -> u32 {
         let now = self.now();
+        let value = self.with_chipset(|chipset| chipset.port_read(now, port, width));
         if port == pc::COM1 && self.console_input.is_some() {
             // The receiver has room again.
-            self.attention |= Attention::CONSOLE;
+            self.attend_to(Attention::CONSOLE);
         }
-        self.with_chipset(|chipset| chipset.port_read(now, port, width))
+        value
     }
 
-    fn port_out(&mut self, port: u16, width: Width, value: u32) {
+    #[inline(always)]
+    pub(super) fn port_out(&mut self, port: u16, width: Width, value: u32) {
         let now = self.now();
         let request = self.with_chipset(|chipset| chipset.port_write(now, port, width, value));
         match request {
@@ -110,7 +113,7 @@ impl Vcpu {
             Some(Request::Reset) => self.end(End::Reset),
         }
         if (pc::COM1..pc::COM1 + 8).contains(&port) {
-            self.attention |= Attention::CONSOLE;
+            self.attend_to(Attention::CONSOLE);
         }
     }
 
@@ -130,20 +133,23 @@ impl Vcpu {
     /// both sides take.
     pub(super) fn pump_console(&mut self) {
         let now = self.now();
-        let mut chipset = self.vm.chipset.lock();
-        let mut space = console::write_space();
-        while space > 0
-            && let Some(byte) = chipset.serial_output()
-        {
-            console::write(&[byte]);
-            space -= 1;
-        }
-        // A byte that the receiver has no room for is offered again later.
-        while let Some(byte) = self.console_input.take().or_else(console::read) {
-            if !chipset.serial_input(now, byte) {
-                self.console_input = Some(byte);
-                break;
+        let mut input = self.console_input.take();
+        self.with_chipset(|chipset| {
+            let mut space = console::write_space();
+            while space > 0
+                && let Some(byte) = chipset.serial_output()
+            {
+                console::write(&[byte]);
+                space -= 1;
             }
-        }
+            // A byte that the receiver has no room for is offered again later.
+            while let Some(byte) = input.take().or_else(console::read) {
+                if !chipset.serial_input(now, byte) {
+                    input = Some(byte);
+                    break;
+                }
+            }
+        });
+        self.console_input = input;
     }
 }

@@ -4,25 +4,34 @@
 //! knows every reason; here are those that a busy guest causes and that need
 //! no more than RAX, RBX, RCX and RDX.
 
-use super::Vcpu;
 use super::events::Exception;
+use super::msr::number::{TSC_ADJUST, TSC_DEADLINE, X2APIC_EOI, X2APIC_ICR, X2APIC_SELF_IPI};
+use super::{Attention, Vcpu};
 use crate::arch::registers::LightRegisters;
+use crate::devices::Width;
 use crate::vmx::entry::{LightTable, Verdict};
-use crate::vmx::exit::IoAccess;
+use crate::vmx::exit::{InterruptionInfo, IoAccess};
 use crate::vmx::exit_reason::{REASONS, number};
 use crate::vmx::vmcs::information;
 
 /// The light handlers by exit reason.
 pub(super) static TABLE: LightTable<Vcpu> = {
     let mut table: LightTable<Vcpu> = [heavy; REASONS];
+    table[number::EXTERNAL_INTERRUPT] = external_interrupt;
+    table[number::INTERRUPT_WINDOW] = look_at_events;
+    table[number::NMI_WINDOW] = look_at_events;
     table[number::CPUID] = cpuid;
+    table[number::HLT] = hlt;
     table[number::INVD] = skip;
     table[number::VMCALL] = vmcall;
     table[number::IO] = io;
     table[number::RDMSR] = rdmsr;
     table[number::WRMSR] = wrmsr;
     table[number::PAUSE] = skip;
+    table[number::TPR_BELOW_THRESHOLD] = look_at_events;
+    table[number::PREEMPTION_TIMER] = preemption_timer;
     table[number::WBINVD] = skip;
+    table[number::XSETBV] = xsetbv;
     table
 };
 
@@ -56,15 +65,133 @@ extern "C" fn rdmsr(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict 
 }
 
 extern "C" fn wrmsr(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict {
+    // What a busy guest writes has a way of its own.
+    match registers.rcx as u32 {
+        TSC_DEADLINE => wrmsr_tsc_deadline(vcpu, registers),
+        TSC_ADJUST => wrmsr_tsc_adjust(vcpu, registers),
+        X2APIC_EOI => wrmsr_eoi(vcpu, registers),
+        X2APIC_ICR => wrmsr_icr(vcpu, registers),
+        X2APIC_SELF_IPI => wrmsr_self_ipi(vcpu, registers),
+        _ => wrmsr_other(vcpu, registers),
+    }
+}
+
+#[inline(never)]
+extern "C" fn wrmsr_tsc_deadline(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict {
+    vcpu.set_tsc_deadline(vcpu.now(), registers.edx_eax());
+    vcpu.skip_instruction();
+    vcpu.verdict()
+}
+
+#[inline(never)]
+extern "C" fn wrmsr_tsc_adjust(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict {
+    vcpu.set_tsc_adjust(registers.edx_eax());
+    vcpu.skip_instruction();
+    vcpu.verdict()
+}
+
+#[inline(never)]
+extern "C" fn wrmsr_eoi(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict {
+    let valid = vcpu.apic.is_x2apic() && registers.edx_eax() == 0;
+    if !valid {
+        return wrmsr_other(vcpu, registers);
+    }
+    vcpu.eoi();
+    vcpu.skip_instruction();
+    vcpu.verdict()
+}
+
+#[inline(never)]
+extern "C" fn wrmsr_icr(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict {
+    if !vcpu.apic.x2apic_self_ipi(registers.edx_eax()) {
+        return wrmsr_other(vcpu, registers);
+    }
+    vcpu.attend_to(Attention::EVENTS);
+    vcpu.skip_instruction();
+    vcpu.verdict()
+}
+
+#[inline(never)]
+extern "C" fn wrmsr_self_ipi(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict {
+    let vector = registers.edx_eax();
+    if !vcpu.apic.is_x2apic() || vector > 0xff {
+        return wrmsr_other(vcpu, registers);
+    }
+    vcpu.apic.send_to_itself(vector as u8);
+    vcpu.attend_to(Attention::EVENTS);
+    vcpu.skip_instruction();
+    vcpu.verdict()
+}
+
+#[inline(never)]
+extern "C" fn wrmsr_other(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict {
     let result = vcpu.wrmsr(registers);
     vcpu.conclude(result)
 }
 
+extern "C" fn xsetbv(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict {
+    let result = vcpu.xsetbv(registers);
+    vcpu.conclude(result)
+}
+
+extern "C" fn hlt(vcpu: &mut Vcpu, _: &mut LightRegisters) -> Verdict {
+    vcpu.hlt();
+    vcpu.verdict()
+}
+
+extern "C" fn look_at_events(vcpu: &mut Vcpu, _: &mut LightRegisters) -> Verdict {
+    vcpu.attend_to(Attention::EVENTS);
+    vcpu.verdict()
+}
+
+extern "C" fn external_interrupt(vcpu: &mut Vcpu, _: &mut LightRegisters) -> Verdict {
+    let info = InterruptionInfo(vcpu.vmcs.read(information::INTERRUPTION_INFO));
+    vcpu.external_interrupt(info.vector());
+    vcpu.verdict()
+}
+
+extern "C" fn preemption_timer(vcpu: &mut Vcpu, _: &mut LightRegisters) -> Verdict {
+    vcpu.preemption_timer();
+    vcpu.verdict()
+}
+
 extern "C" fn io(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict {
-    let access = IoAccess::decode(vcpu.vmcs.read(information::EXIT_QUALIFICATION));
+    let qualification = vcpu.vmcs.read_basic(information::EXIT_QUALIFICATION);
+    let access = IoAccess::decode(qualification);
     if access.string {
         return Verdict::HEAVY;
     }
+    match (access.bytes, access.input) {
+        (1, true) => input_byte(vcpu, registers),
+        (1, false) => output_byte(vcpu, registers),
+        _ => io_wide(vcpu, registers),
+    }
+}
+
+/// The port of the access that exited.
+#[inline(always)]
+fn port(vcpu: &Vcpu) -> u16 {
+    IoAccess::decode(vcpu.vmcs.read_basic(information::EXIT_QUALIFICATION)).port
+}
+
+#[inline(never)]
+extern "C" fn input_byte(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict {
+    let value = vcpu.port_in(port(vcpu), Width::Byte);
+    registers.rax = registers.rax & !0xff | u64::from(value) & 0xff;
+    vcpu.skip_instruction();
+    vcpu.verdict()
+}
+
+#[inline(never)]
+extern "C" fn output_byte(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict {
+    vcpu.port_out(port(vcpu), Width::Byte, registers.rax as u32);
+    vcpu.skip_instruction();
+    vcpu.verdict()
+}
+
+#[inline(never)]
+extern "C" fn io_wide(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict {
+    let access = IoAccess::decode(vcpu.vmcs.read_basic(information::EXIT_QUALIFICATION));
     let result = vcpu.port(access, registers);
     vcpu.conclude(result)
 }
@@ -82,7 +209,25 @@ impl Vcpu {
     /// What is left to do after an answer.
     #[inline(always)]
     fn verdict(&mut self) -> Verdict {
-        self.count_light_exit();
-        Verdict(self.attention.bits())
+        if self.timer.count_light_exit() {
+            self.settle()
+        } else {
+            Verdict::RESUME
+        }
+    }
+
+    /// Does what is left to do, but for leaving the run.
+    #[inline(never)]
+    fn settle(&mut self) -> Verdict {
+        if self.attention == Attention::EVENTS {
+            self.attention = Attention::empty();
+            self.inject();
+            self.correct_timer();
+        } else if self.attention.contains(Attention::LEAVE) {
+            return Verdict(self.attention.bits());
+        } else {
+            self.look_around();
+        }
+        Verdict::RESUME
     }
 }

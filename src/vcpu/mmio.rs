@@ -1,10 +1,10 @@
 //! EPT violations: memory that is mapped on first use, and device registers in memory.
 
-use super::Vcpu;
 use super::emulate::{self, Bus, EmulateError, Mode, Segment};
 use super::events::{Exception, RFLAGS_RF};
 use super::run::End;
 use super::walk::{self, Operation, Paging, PhysicalRead, WalkError};
+use super::{Attention, Vcpu};
 use crate::addr::{Gpa, Gva, PAGE_SIZE};
 use crate::arch::registers::GeneralRegisters;
 use crate::devices::local_apic::{Action, Mode as ApicMode};
@@ -241,12 +241,28 @@ impl Vcpu {
         }
     }
 
+    /// The guest ends an interrupt.
+    #[inline]
+    pub(super) fn eoi(&mut self) {
+        if let Some(vector) = self.apic.eoi() {
+            self.broadcast_eoi(vector);
+        }
+        if self.apic.has_requests() {
+            self.attend_to(Attention::EVENTS);
+        }
+    }
+
+    #[inline(never)]
+    fn broadcast_eoi(&mut self, vector: u8) {
+        self.with_chipset(|chipset| chipset.eoi(vector));
+    }
+
     /// What the local APIC asks for after a register write.
     pub(super) fn act(&mut self, action: Option<Action>) {
         match action {
             None => {}
             Some(Action::Send(message)) => self.deliver(message, true),
-            Some(Action::BroadcastEoi(vector)) => self.with_chipset(|chipset| chipset.eoi(vector)),
+            Some(Action::BroadcastEoi(vector)) => self.broadcast_eoi(vector),
         }
         self.look_at_apic();
     }

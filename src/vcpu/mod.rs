@@ -89,6 +89,6 @@ impl Vcpu {
 
     fn leave(&mut self, leave: Leave) {
         self.leave = Some(leave);
-        self.attention |= Attention::LEAVE;
+        self.attend_to(Attention::LEAVE);
     }
 }

@@ -2,6 +2,7 @@
 
 use super::Vcpu;
 use super::events::Exception;
+use super::msr::number::X2APIC_FIRST;
 use super::msr::{GeneralProtection, Held, MsrRead, MsrWrite};
 use super::pvclock::{self, SystemTime};
 use crate::arch::registers::LightRegisters;
@@ -11,8 +12,6 @@ use crate::vmx::vmcs::guest;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
 const CR0_PG: u64 = 1 << 31;
-/// MSR of x2APIC register 0.
-const X2APIC: u32 = 0x800;
 
 impl From<GeneralProtection> for Exception {
     fn from(_: GeneralProtection) -> Self {
@@ -38,8 +37,8 @@ impl Vcpu {
     }
 
     pub(super) fn wrmsr(&mut self, registers: &mut LightRegisters) -> Result<(), Exception> {
-        let value = registers.edx_eax();
-        match self.msrs.write(registers.rcx as u32, value)? {
+        let (msr, value) = (registers.rcx as u32, registers.edx_eax());
+        match self.msrs.write(msr, value)? {
             MsrWrite::Done => {}
             MsrWrite::Held(held, value) => self.write_held(held, value)?,
         }
@@ -57,7 +56,9 @@ impl Vcpu {
             Held::TscAdjust => self.tsc_adjust,
             Held::TscDeadline => self.tsc_deadline(now),
             Held::DebugCtl => self.vmcs.read(guest::DEBUGCTL),
-            Held::X2Apic(register) => self.apic.msr_read(now, X2APIC + u32::from(register))?,
+            Held::X2Apic(register) => self
+                .apic
+                .msr_read(now, X2APIC_FIRST + u32::from(register))?,
             Held::KvmWallClock => self.wall_clock,
             Held::KvmSystemTime => self.system_time,
         })
@@ -75,13 +76,12 @@ impl Vcpu {
                 self.look_at_apic();
             }
             Held::Tsc => self.shift_tsc(now, value.wrapping_sub(self.tsc(now))),
-            Held::TscAdjust => self.shift_tsc(now, value.wrapping_sub(self.tsc_adjust)),
+            Held::TscAdjust => self.set_tsc_adjust(value),
             Held::TscDeadline => self.set_tsc_deadline(now, value),
             Held::DebugCtl => self.vmcs.write(guest::DEBUGCTL, value),
             Held::X2Apic(register) => {
-                let action = self
-                    .apic
-                    .msr_write(now, X2APIC + u32::from(register), value)?;
+                let msr = X2APIC_FIRST + u32::from(register);
+                let action = self.apic.msr_write(now, msr, value)?;
                 self.act(action);
             }
             Held::KvmWallClock => {

@@ -45,6 +45,9 @@ pub mod number {
     pub const MTRR_DEF_TYPE: u32 = 0x2ff;
     pub const TSC_DEADLINE: u32 = 0x6e0;
     pub const X2APIC_FIRST: u32 = 0x800;
+    pub const X2APIC_EOI: u32 = 0x80b;
+    pub const X2APIC_ICR: u32 = 0x830;
+    pub const X2APIC_SELF_IPI: u32 = 0x83f;
     pub const X2APIC_LAST: u32 = 0x8ff;
     pub const XSS: u32 = 0xda0;
     pub const KVM_WALL_CLOCK: u32 = 0x4b56_4d00;

@@ -2,10 +2,12 @@
 //! own: waiting, and the end.
 
 use super::events::Raised;
+use super::timer::NEVER;
 use super::{Attention, Leave, Vcpu};
 use crate::addr::{Gpa, Gva};
 use crate::arch::cpu;
 use crate::devices::Ticks;
+use crate::devices::chipset::Chipset;
 use crate::host::time;
 use crate::vm::boot::EntryState;
 use crate::vmx::check::{self, FieldReader};
@@ -128,7 +130,7 @@ impl Vcpu {
         live_state::reset(self.cpuid.xcr0_supported());
         loop {
             // What a wait, or the start, has changed.
-            self.attention |= Attention::DEVICES | Attention::CONSOLE;
+            self.attend_to(Attention::DEVICES | Attention::CONSOLE);
             self.look_around();
             let left = entry.run(self);
             match left {
@@ -158,17 +160,19 @@ impl Vcpu {
         if attention.contains(Attention::CONSOLE) {
             self.pump_console();
         }
-        if attention.intersects(Attention::DEVICES | Attention::CONSOLE) {
+        let timed = attention.intersects(Attention::DEVICES | Attention::CONSOLE);
+        if timed {
             let now = self.now();
             self.advance(now);
             self.set_timer(now);
-        } else if attention.contains(Attention::TIMER) {
-            self.write_timer(self.now());
         }
         // What devices have delivered is injected now too.
         let delivered = mem::replace(&mut self.attention, Attention::empty());
-        if (attention | delivered) - Attention::TIMER != Attention::empty() {
+        if !(attention | delivered).is_empty() {
             self.inject();
+        }
+        if !timed {
+            self.correct_timer();
         }
         Next::Resume
     }
@@ -177,20 +181,19 @@ impl Vcpu {
         if self.apic.deadline().is_some_and(|deadline| deadline <= now) {
             self.apic.advance(now);
         }
-        let mut messages = arrayvec::ArrayVec::<_, 24>::new();
-        {
-            let mut chipset = self.vm.chipset.lock();
+        if self.vm.signals.deadline() > now {
+            return;
+        }
+        let mut message = self.with_chipset(|chipset| {
             if chipset.deadline().is_some_and(|deadline| deadline <= now) {
                 chipset.advance(now);
             }
-            while !messages.is_full()
-                && let Some(message) = chipset.take_message()
-            {
-                messages.push(message);
-            }
-        }
-        for message in messages {
-            self.deliver(message, false);
+            chipset.take_message()
+        });
+        // A pin has one at most, and nothing makes more while the guest does not run.
+        while let Some(sent) = message {
+            self.deliver(sent, false);
+            message = self.with_chipset(Chipset::take_message);
         }
     }
 
@@ -206,7 +209,8 @@ impl Vcpu {
             if self.interrupts_are_off() {
                 return false;
             }
-            if let Some(deadline) = self.next_deadline() {
+            let deadline = self.next_deadline();
+            if deadline != NEVER {
                 time::arm(deadline.0.saturating_sub(now.0));
             }
             cpu::wait_for_interrupt();

@@ -6,14 +6,15 @@
 //! [`LIGHT_EXITS`] of them it is set again. A CPU that cannot save the timer gets it
 //! set at each exit, and one without it has the host's local APIC interrupt.
 
-use super::{Attention, Vcpu};
+use super::Vcpu;
 use crate::devices::Ticks;
 use crate::host::time;
 use crate::vmx::vmcs::guest;
 
 /// Exits in a row that may leave the timer alone. An exit costs a few hundred
 /// nanoseconds on silicon, so that the guest's timers are late by a few
-/// microseconds at most.
+/// microseconds at most. An exit that is followed by a look around counts for half of
+/// those that were left.
 const LIGHT_EXITS: u32 = 16;
 
 /// How often a guest that does not exit is interrupted, for host interrupts that the
@@ -25,62 +26,82 @@ const SLICES_A_SECOND: u64 = 20;
 pub(super) struct EntryTimer {
     /// Nothing is due before; [`NEVER`] where nothing is.
     deadline: Ticks,
-    /// Exits until it must be set again.
+    /// Light exits until the next look around; less than none is left when this wraps.
     light_exits: u32,
+    /// What that was after the last look around; 0 where the timer must be set again.
+    budget: u32,
 }
 
-const NEVER: Ticks = Ticks(u64::MAX);
+pub(super) const NEVER: Ticks = Ticks(u64::MAX);
 
 impl EntryTimer {
     /// Whether `deadline` comes before the one that this is set for.
     #[inline]
-    pub(super) fn is_after(&self, deadline: Option<Ticks>) -> bool {
-        deadline.is_some_and(|deadline| deadline < self.deadline)
+    pub(super) fn is_after(&self, deadline: Ticks) -> bool {
+        deadline < self.deadline
     }
 
     pub(super) const UNSET: Self = Self {
         deadline: NEVER,
         light_exits: 0,
+        budget: 0,
     };
+
+    /// Makes this exit the last light one before a look around.
+    #[inline(always)]
+    pub(super) const fn settle_now(&mut self) {
+        self.light_exits = 0;
+    }
+
+    /// Counts a light exit; whether it was the last.
+    #[inline(always)]
+    pub(super) const fn count_light_exit(&mut self) -> bool {
+        let (left, none) = self.light_exits.overflowing_sub(1);
+        self.light_exits = left;
+        none
+    }
 }
 
 impl Vcpu {
-    /// Counts an exit, and asks for the timer to be set after too many.
-    #[inline(always)]
-    pub(super) fn count_light_exit(&mut self) {
-        let (left, none) = self.timer.light_exits.overflowing_sub(1);
-        self.timer.light_exits = left;
-        if none {
-            self.attention |= Attention::TIMER;
-        }
-    }
-
-    /// The earliest deadline of the local APIC and the chipset.
-    pub(super) fn next_deadline(&self) -> Option<Ticks> {
-        let chipset = self.vm.chipset.lock().deadline();
-        match (self.apic.deadline(), chipset) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
-        }
+    /// The earliest deadline of the local APIC and the chipset; [`NEVER`] where there is none.
+    #[inline]
+    pub(super) fn next_deadline(&self) -> Ticks {
+        let chipset = self.vm.signals.deadline();
+        self.apic.deadline().map_or(chipset, |own| own.min(chipset))
     }
 
     /// Makes the guest exit at the next deadline.
+    #[inline]
     pub(super) fn set_timer(&mut self, now: Ticks) {
-        self.timer.deadline = self.next_deadline().unwrap_or(NEVER);
+        self.timer.deadline = self.next_deadline();
         self.write_timer(now);
     }
 
+    /// After a look around that has not set it: sets it when too many exits have left it alone.
+    #[inline]
+    pub(super) fn correct_timer(&mut self) {
+        self.timer.budget /= 2;
+        if self.timer.budget == 0 {
+            self.write_timer(self.now());
+        } else {
+            self.timer.light_exits = self.timer.budget;
+        }
+    }
+
     /// Sets it for the deadline that is known.
-    pub(super) fn write_timer(&mut self, now: Ticks) {
+    #[inline(never)]
+    fn write_timer(&mut self, now: Ticks) {
         let controls = self.vmx.controls;
         let deadline = self.timer.deadline;
         let ticks = deadline.0.saturating_sub(now.0);
         if controls.has_preemption_timer() {
-            self.timer.light_exits = if controls.saves_preemption_timer() {
+            let budget = if controls.saves_preemption_timer() {
                 LIGHT_EXITS
             } else {
                 0
             };
+            self.timer.light_exits = budget;
+            self.timer.budget = budget;
             let ticks = ticks.min(self.clock.hz() / SLICES_A_SECOND);
             // Rounded up: an exit before the deadline would only come back.
             let shift = self.vmx.capabilities.preemption_timer_shift();
@@ -92,6 +113,7 @@ impl Vcpu {
         } else {
             // The host's timer goes on meanwhile.
             self.timer.light_exits = u32::MAX;
+            self.timer.budget = u32::MAX;
             if deadline != NEVER {
                 time::arm(ticks);
             }

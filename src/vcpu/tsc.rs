@@ -28,6 +28,15 @@ impl Vcpu {
         self.tsc_adjust.wrapping_sub(self.vm.started)
     }
 
+    /// Writes IA32_TSC_ADJUST.
+    #[inline]
+    pub(super) fn set_tsc_adjust(&mut self, value: u64) {
+        let change = value.wrapping_sub(self.tsc_adjust);
+        if change != 0 {
+            self.shift_tsc(self.now(), change);
+        }
+    }
+
     /// Moves the guest's counter. A deadline stays at its value, and so comes
     /// sooner or later.
     pub(super) fn shift_tsc(&mut self, now: Ticks, change: u64) {
@@ -49,10 +58,11 @@ impl Vcpu {
         }
     }
 
+    #[inline]
     pub(super) fn set_tsc_deadline(&mut self, now: Ticks, value: u64) {
         self.apic
             .set_tsc_deadline(now, to_ticks(value, self.tsc_adjust));
-        self.look_at_apic();
+        self.look_at_apic_timer();
     }
 
     /// Fills the guest's paravirtual clock, if it asked for one.
@@ -74,10 +84,17 @@ impl Vcpu {
 
 /// A deadline of the guest's counter in ticks since the start. One that was
 /// reached before the start is due at once; 0 disarms.
+#[inline]
 fn to_ticks(value: u64, adjust: u64) -> u64 {
-    if value == 0 {
-        return 0;
+    if value == 0 || adjust == 0 {
+        value
+    } else {
+        to_ticks_adjusted(value, adjust)
     }
+}
+
+#[inline(never)]
+fn to_ticks_adjusted(value: u64, adjust: u64) -> u64 {
     let ticks = i128::from(value) - i128::from(adjust.cast_signed());
     u64::try_from(ticks.max(1)).unwrap_or(u64::MAX)
 }

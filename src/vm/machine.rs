@@ -9,6 +9,7 @@ use crate::vmx::ept::{Ept, EptError, EptPointer, PageSize, Permissions};
 use crate::vmx::ept_frames::HostFrames;
 use crate::vmx::memory_type::{MemoryType, Mtrrs};
 use alloc::string::String;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use spin::Mutex;
 use vireo_handoff::config::{self, ApicMode};
 
@@ -20,6 +21,7 @@ pub struct Vm {
     pub apic: ApicMode,
     pub memory: GuestMemory,
     pub chipset: Mutex<Chipset>,
+    pub signals: Signals,
     /// Ticks a second of the guest's time-stamp counter.
     pub clock: Clock,
     /// Nanoseconds since 1970 when the VM was switched on.
@@ -28,6 +30,42 @@ pub struct Vm {
     pub started: u64,
     ept: Mutex<Ept<HostFrames>>,
     mtrrs: Mtrrs,
+}
+
+/// What the chipset wants, as it was when somebody last let go of it: a vCPU looks
+/// here, without the lock, before it takes that.
+///
+/// Written with the chipset locked, so no value is older than the state that the
+/// next owner of the lock finds; no other memory is read because of one, so that
+/// relaxed accesses are enough.
+#[derive(Debug, Default)]
+pub struct Signals {
+    intr: AtomicBool,
+    deadline: AtomicU64,
+}
+
+impl Signals {
+    /// Shows what `chipset` wants: what [`Signals::intr`] and [`Signals::deadline`] are now.
+    #[inline(always)]
+    pub fn publish(&self, chipset: &Chipset) -> (bool, Ticks) {
+        let (intr, due) = (chipset.intr(), chipset.due());
+        self.intr.store(intr, Ordering::Relaxed);
+        self.deadline.store(due.0, Ordering::Relaxed);
+        (intr, due)
+    }
+
+    /// INTR, the 8259s' output.
+    #[inline]
+    pub fn intr(&self) -> bool {
+        self.intr.load(Ordering::Relaxed)
+    }
+
+    /// When the chipset has to be brought up to date: at tick 0 when it has messages
+    /// for the local APICs, at the end of time when it waits for nothing.
+    #[inline]
+    pub fn deadline(&self) -> Ticks {
+        Ticks(self.deadline.load(Ordering::Relaxed))
+    }
 }
 
 /// What a guest's memory depends on in the host.
@@ -65,6 +103,7 @@ impl Vm {
             apic: config.apic,
             memory: guest_memory,
             chipset: Mutex::new(Chipset::new(clock, Ticks(0), chipset)),
+            signals: Signals::default(),
             clock,
             wall_clock: chipset
                 .wall_clock

@@ -46,7 +46,7 @@ pub trait Guest: Sized + 'static {
     /// reason has none.
     fn exit(&mut self, registers: &mut GeneralRegisters) -> Next;
 
-    /// Does what a light handler has left to do.
+    /// Called where a light handler has answered and wants the run to be left, perhaps.
     fn attend(&mut self) -> Next;
 }
 
@@ -209,9 +209,8 @@ unsafe extern "C" fn exit_stub() {
         "mov [rsp + 8 * 11], r11",
         "mov ecx, {reason}",
         "vmread rax, rcx",
-        // Reasons of failed entries have bit 31 set.
-        "cmp rax, {reasons}",
-        "jae 2f",
+        // Failed entries have bit 31 set, and basic reasons whose handler looks for it.
+        "and eax, {reasons} - 1",
         "inc qword ptr [rsp + 8 * rax + {counts}]",
         #[cfg(feature = "count-vmcs")]
         "push rax; push rax; mov edi, eax; call {counted}; pop rax; pop rax",
@@ -235,16 +234,12 @@ unsafe extern "C" fn exit_stub() {
         // As `failed` expects it.
         "lea rsp, [rsp + {block}]",
         "jmp {failed}",
-        "2:",
-        "mov eax, {unanswered}",
-        "jmp {heavy}",
         block = const BLOCK,
         reason = const information::EXIT_REASON.encoding(),
         reasons = const REASONS,
         counts = const COUNTS,
         context = const CONTEXT,
         light = const LIGHT,
-        unanswered = const Verdict::HEAVY.0,
         #[cfg(feature = "count-vmcs")]
         counted = sym super::count::exit,
         heavy = sym heavy,

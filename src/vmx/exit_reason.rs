@@ -1,18 +1,25 @@
 //! The names of the basic exit reasons (SDM 3, appendix C), for people.
 
-/// How many basic exit reasons are counted one by one.
-pub const REASONS: usize = 80;
+/// Basic exit reasons that are told apart, a power of two: more than there are.
+pub const REASONS: usize = 128;
 
 /// Reasons that have a light handler.
 pub mod number {
+    pub const EXTERNAL_INTERRUPT: usize = 1;
+    pub const INTERRUPT_WINDOW: usize = 7;
+    pub const NMI_WINDOW: usize = 8;
     pub const CPUID: usize = 10;
+    pub const HLT: usize = 12;
     pub const INVD: usize = 13;
     pub const VMCALL: usize = 18;
     pub const IO: usize = 30;
     pub const RDMSR: usize = 31;
     pub const WRMSR: usize = 32;
     pub const PAUSE: usize = 40;
+    pub const TPR_BELOW_THRESHOLD: usize = 43;
+    pub const PREEMPTION_TIMER: usize = 52;
     pub const WBINVD: usize = 54;
+    pub const XSETBV: usize = 55;
 }
 
 /// The name of a basic exit reason.

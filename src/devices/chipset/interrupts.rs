@@ -45,6 +45,7 @@ impl Interrupts {
     }
 
     /// Reads a port of the 8259s.
+    #[inline]
     pub fn read_pic(&mut self, port: u16) -> Option<u8> {
         let value = self.pic.read(port);
         self.forward_intr();
@@ -52,6 +53,7 @@ impl Interrupts {
     }
 
     /// Writes a port of the 8259s; false if it is none of theirs.
+    #[inline]
     pub fn write_pic(&mut self, port: u16, value: u8) -> bool {
         let taken = self.pic.write(port, value);
         self.forward_intr();
@@ -103,11 +105,16 @@ impl Interrupts {
         vector
     }
 
+    #[inline]
     fn forward_intr(&mut self) {
-        let intr = self.pic.pending();
-        if intr != self.intr {
-            self.intr = intr;
-            self.io_apic.set_line(pc::EXTINT_PIN, intr, intr);
+        if self.pic.pending() != self.intr {
+            self.change_intr();
         }
+    }
+
+    #[inline(never)]
+    fn change_intr(&mut self) {
+        self.intr = self.pic.pending();
+        self.io_apic.set_line(pc::EXTINT_PIN, self.intr, self.intr);
     }
 }

@@ -28,6 +28,12 @@ pub const fn is_fixed_to_itself(low: u32) -> bool {
     low & (MODE | SHORTHAND) == SELF
 }
 
+/// Whether it asks for a fixed interrupt to the APIC whose identifier is the destination.
+#[inline]
+pub const fn is_fixed_to(low: u32) -> bool {
+    low & (MODE | SHORTHAND | LOGICAL) == 0
+}
+
 /// What a write to the ICR asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {

@@ -3,7 +3,7 @@
 //! here drives the entries of the thermal sensor and the performance counters.)
 
 use super::page::register;
-use super::{Action, Event, LocalApic, Mode, registers};
+use super::{Event, LocalApic, Mode, registers};
 use crate::devices::{DeliveryMode, Trigger};
 
 /// The entries, by offset.
@@ -192,9 +192,9 @@ impl LocalApic {
     }
 
     /// The end of a level-triggered interrupt: a LINT pin's, if it has that
-    /// vector, and perhaps one of the I/O APIC.
+    /// vector, and perhaps one of the I/O APIC, which is to be told if this is true.
     #[inline(never)]
-    pub(super) fn end_level_interrupt(&mut self, vector: u8) -> Option<Action> {
+    pub(super) fn end_level_interrupt(&mut self, vector: u8) -> bool {
         for (pin, offset) in LINT.into_iter().enumerate() {
             let entry = self.entry(offset);
             if entry.has_remote_irr() && entry.vector() == vector {
@@ -202,8 +202,7 @@ impl LocalApic {
                 self.request_level(pin);
             }
         }
-        let suppressed = self.page.get(register::SVR) & registers::SVR_SUPPRESS_BROADCAST != 0;
-        (!suppressed).then_some(Action::BroadcastEoi(vector))
+        self.page.get(register::SVR) & registers::SVR_SUPPRESS_BROADCAST == 0
     }
 
     /// Notes an error for the ESR and, when it is new since the last write

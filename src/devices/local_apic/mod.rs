@@ -103,6 +103,8 @@ pub struct LocalApic {
     timer: Timer,
     requested: Vectors<{ register::IRR }>,
     in_service: Vectors<{ register::ISR }>,
+    /// Class (bits 7..4) of the highest vector in service, 0 without one.
+    service_class: u32,
     /// Errors since the last write to the ESR.
     errors: u32,
     /// Levels of the LINT pins.
@@ -126,6 +128,7 @@ impl LocalApic {
             timer: Timer::new(clock),
             requested: Vectors::default(),
             in_service: Vectors::default(),
+            service_class: 0,
             errors: 0,
             lint: [false; 2],
         };
@@ -158,7 +161,13 @@ impl LocalApic {
     pub fn refresh(&mut self) {
         self.requested = Vectors::load(&self.page);
         self.in_service = Vectors::load(&self.page);
-        self.set_priority();
+        self.set_service_class();
+    }
+
+    /// Whether the registers are MSRs.
+    #[inline]
+    pub const fn is_x2apic(&self) -> bool {
+        matches!(self.mode, Mode::X2Apic)
     }
 
     /// The mode.
@@ -254,31 +263,41 @@ impl LocalApic {
     pub fn pending(&self) -> Option<u8> {
         let vector = self.requested.highest(&self.page)?;
         let class = u32::from(vector) & 0xf0;
-        (class > self.page.get(register::PPR) & 0xf0 && self.is_enabled()).then_some(vector)
+        let tpr_class = self.page.get(register::TPR) & 0xf0;
+        (class > tpr_class.max(self.service_class) && self.is_enabled()).then_some(vector)
     }
 
     /// Takes the vector that [`LocalApic::pending`] names into service.
     #[inline]
     pub fn acknowledge(&mut self) -> Option<u8> {
         let vector = self.pending()?;
-        self.requested.remove(&mut self.page, vector);
-        self.in_service.insert(&mut self.page, vector);
-        // Its class is above the TPR's, so it is the processor priority.
-        self.page.set(register::PPR, u32::from(vector) & 0xf0);
+        self.take_into_service(vector);
         Some(vector)
     }
 
-    /// Ends the interrupt in service that has the highest priority.
+    /// The same, where it has just been asked for.
     #[inline]
-    pub fn eoi(&mut self) -> Option<Action> {
+    pub fn take_into_service(&mut self, vector: u8) {
+        self.requested.remove(&mut self.page, vector);
+        self.in_service.insert(&mut self.page, vector);
+        self.service_class = u32::from(vector) & 0xf0;
+    }
+
+    /// Ends the interrupt in service that has the highest priority. The vector, if the
+    /// I/O APIC is to be told: it was level triggered.
+    #[inline]
+    pub fn eoi(&mut self) -> Option<u8> {
         let vector = self.in_service.highest(&self.page)?;
         self.in_service.remove(&mut self.page, vector);
-        self.set_priority();
-        if self.page.has_vector(register::TMR, vector) {
-            self.end_level_interrupt(vector)
-        } else {
-            None
-        }
+        self.set_service_class();
+        let level = self.page.has_vector(register::TMR, vector);
+        (level && self.end_level_interrupt(vector)).then_some(vector)
+    }
+
+    /// Whether anything is requested, delivered soon or held back.
+    #[inline]
+    pub const fn has_requests(&self) -> bool {
+        !self.requested.is_empty()
     }
 
     /// CR8: the class of the TPR.
@@ -290,24 +309,23 @@ impl LocalApic {
     /// Writes CR8, whose upper bits the CPU has checked: the TPR's subclass becomes 0.
     #[inline]
     pub fn set_cr8(&mut self, value: u8) {
-        self.set_tpr(u32::from(value & 0xf) << 4);
+        self.page.set(register::TPR, u32::from(value & 0xf) << 4);
     }
 
     #[inline]
-    fn set_tpr(&mut self, value: u32) {
-        self.page.set(register::TPR, value);
-        self.set_priority();
+    fn set_service_class(&mut self) {
+        let vector = self.in_service.highest(&self.page).unwrap_or(0);
+        self.service_class = u32::from(vector) & 0xf0;
     }
 
-    /// Sets the processor priority (SDM 3, 12.8.3.1; where that leaves a choice,
-    /// as 31.1.3).
-    #[inline]
-    fn set_priority(&mut self) {
+    /// The processor priority (SDM 3, 12.8.3.1; where that leaves a choice, as 31.1.3).
+    fn processor_priority(&self) -> u32 {
         let tpr = self.page.get(register::TPR) & 0xff;
-        let in_service = self.in_service.highest(&self.page).unwrap_or(0);
-        let class = u32::from(in_service) & 0xf0;
-        let priority = if tpr & 0xf0 >= class { tpr } else { class };
-        self.page.set(register::PPR, priority);
+        if tpr & 0xf0 >= self.service_class {
+            tpr
+        } else {
+            self.service_class
+        }
     }
 
     /// The arbitration priority (SDM 3, 12.6.2.4): of several that a
@@ -333,13 +351,17 @@ impl LocalApic {
     #[inline]
     pub fn set_tsc_deadline(&mut self, now: Ticks, value: u64) {
         // What has expired until now is not undone.
-        self.advance(now);
+        if self.timer.is_due(now) {
+            self.advance(now);
+        }
         self.timer.set_tsc_deadline(value);
-        self.advance(now);
+        if self.timer.is_due(now) {
+            self.advance(now);
+        }
     }
 
     /// Delivers the timer's interrupt when it is due.
-    #[inline]
+    #[inline(never)]
     pub fn advance(&mut self, now: Ticks) {
         if self.timer.expire(now) {
             let entry = self.entry(register::LVT_TIMER);

@@ -120,6 +120,12 @@ impl<const BASE: u16> Vectors<BASE> {
         }
     }
 
+    /// Whether it holds none.
+    #[inline]
+    pub const fn is_empty(&self) -> bool {
+        self.words == 0
+    }
+
     /// The highest vector.
     #[inline]
     pub const fn highest(&self, page: &ApicPage) -> Option<u8> {

@@ -47,6 +47,7 @@ impl LocalApic {
         self.page.clear();
         self.requested = Vectors::default();
         self.in_service = Vectors::default();
+        self.service_class = 0;
         self.timer.reset();
         self.errors = 0;
         let suppress = if self.config.eoi_broadcast_suppression {
@@ -120,7 +121,7 @@ impl LocalApic {
         }
         let value = value as u32;
         match offset {
-            register::EOI => return self.eoi(),
+            register::EOI => return self.eoi().map(Action::BroadcastEoi),
             register::ICR => {
                 let low = value & icr::WRITABLE;
                 self.page.set(register::ICR, low);
@@ -166,7 +167,7 @@ impl LocalApic {
         let low = value as u32;
         // What a busy guest writes comes first.
         match offset {
-            register::EOI if value == 0 => return Ok(self.eoi()),
+            register::EOI if value == 0 => return Ok(self.eoi().map(Action::BroadcastEoi)),
             register::ICR if value & icr::X2APIC_RESERVED == 0 => {
                 let (low, high) = (low & icr::WRITABLE, (value >> 32) as u32);
                 self.page.set(register::ICR, low);
@@ -177,6 +178,22 @@ impl LocalApic {
             _ => self.x2apic_write(now, offset, value)?,
         }
         Ok(None)
+    }
+
+    /// What [`LocalApic::msr_write`] does with a command of the commonest kind, a fixed
+    /// interrupt for this APIC alone; false, and nothing done, where it is another.
+    #[inline]
+    pub fn x2apic_self_ipi(&mut self, command: u64) -> bool {
+        let (low, high) = (command as u32 & icr::WRITABLE, (command >> 32) as u32);
+        let known = self.is_x2apic()
+            && command & icr::X2APIC_RESERVED == 0
+            && (icr::is_fixed_to_itself(low) || icr::is_fixed_to(low) && high == self.id);
+        if known {
+            self.page.set(register::ICR, low);
+            self.page.set(register::ICR + 4, high);
+            self.send_to_itself(low as u8);
+        }
+        known
     }
 
     /// Writes a register in x2APIC mode that is not a command.
@@ -231,10 +248,10 @@ impl LocalApic {
                 Some(self.timer.current_count(now))
             }
             register::APR => Some(self.arbitration_priority().into()),
+            register::PPR => Some(self.processor_priority()),
             register::ID
             | register::VERSION
             | register::TPR
-            | register::PPR
             | register::REMOTE_READ
             | register::LDR
             | register::DFR
@@ -249,7 +266,7 @@ impl LocalApic {
     /// Writes a register that works alike in both modes; false when it is none of these.
     fn write(&mut self, now: Ticks, offset: u16, value: u32) -> bool {
         match offset {
-            register::TPR => self.set_tpr(value & 0xff),
+            register::TPR => self.page.set(register::TPR, value & 0xff),
             register::ESR => {
                 self.page.set(register::ESR, self.errors);
                 self.errors = 0;
@@ -318,8 +335,9 @@ impl LocalApic {
         None
     }
 
+    /// A fixed interrupt that the APIC sends to itself alone.
     #[inline]
-    fn send_to_itself(&mut self, vector: u8) {
+    pub fn send_to_itself(&mut self, vector: u8) {
         if vector < LEAST_VECTOR {
             self.record_error(SENT_ILLEGAL_VECTOR);
         } else if self.is_enabled() {

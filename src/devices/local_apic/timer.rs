@@ -55,9 +55,11 @@ pub struct Timer {
     first: u32,
     /// The armed time-stamp, 0 when there is none.
     tsc_deadline: u64,
-    /// The next expiry.
-    deadline: Option<Ticks>,
+    /// The next expiry; [`NEVER`] without one.
+    deadline: Ticks,
 }
+
+const NEVER: Ticks = Ticks(u64::MAX);
 
 impl Timer {
     /// The timer after reset: one-shot, stopped, divided by 2.
@@ -70,7 +72,7 @@ impl Timer {
             origin: Ticks(0),
             first: 0,
             tsc_deadline: 0,
-            deadline: None,
+            deadline: NEVER,
         }
     }
 
@@ -82,23 +84,31 @@ impl Timer {
     /// The next expiry.
     #[inline]
     pub const fn deadline(&self) -> Option<Ticks> {
-        self.deadline
+        if self.deadline.0 == NEVER.0 {
+            None
+        } else {
+            Some(self.deadline)
+        }
+    }
+
+    /// Whether [`Timer::expire`] has something to do.
+    #[inline]
+    pub const fn is_due(&self, now: Ticks) -> bool {
+        self.deadline.0 <= now.0
     }
 
     /// Whether the timer expired since the last call. Arms the next period.
     #[inline]
     pub fn expire(&mut self, now: Ticks) -> bool {
-        match self.deadline {
-            Some(deadline) if deadline <= now => {
-                self.tsc_deadline = 0;
-                self.deadline = match self.mode {
-                    TimerMode::Periodic => self.next_period(now),
-                    _ => None,
-                };
-                true
-            }
-            _ => false,
+        let due = self.is_due(now) && self.deadline.0 != NEVER.0;
+        if due {
+            self.tsc_deadline = 0;
+            self.deadline = match self.mode {
+                TimerMode::Periodic => self.next_period(now),
+                _ => NEVER,
+            };
         }
+        due
     }
 
     /// Changes the mode. Between the counting modes the count goes on; any
@@ -171,33 +181,38 @@ impl Timer {
     pub const fn set_tsc_deadline(&mut self, value: u64) {
         if matches!(self.mode, TimerMode::TscDeadline) {
             self.tsc_deadline = value;
-            self.deadline = if value == 0 { None } else { Some(Ticks(value)) };
+            self.deadline = if value == 0 { NEVER } else { Ticks(value) };
         }
     }
 
     fn start(&mut self, now: Ticks, count: u32) {
         self.origin = now;
         self.first = count;
-        self.deadline = (count != 0).then(|| self.after_origin(self.cycles(count)));
+        self.deadline = if count == 0 {
+            NEVER
+        } else {
+            self.after_origin(self.cycles(count))
+        };
     }
 
     /// The first expiry of the periodic timer after `now`, with [`MIN_PERIOD`] between
     /// two. They stay at multiples of the period, so lateness does not add up.
     #[inline(never)]
-    fn next_period(&self, now: Ticks) -> Option<Ticks> {
+    fn next_period(&self, now: Ticks) -> Ticks {
         let first = self.cycles(self.first);
         let period = self.period();
         let pause = if period < MIN_PERIOD { MIN_PERIOD } else { 1 };
         // The least multiple of the period, counted from `first`, that is not before this.
         let earliest = self.elapsed(now).saturating_add(pause);
         let after_first = earliest.saturating_sub(first);
-        let next = match after_first.checked_rem(period)? {
-            0 => earliest,
-            past => earliest.saturating_add(period - past),
+        let next = match after_first.checked_rem(period) {
+            None => return NEVER,
+            Some(0) => earliest,
+            Some(past) => earliest.saturating_add(period - past),
         };
         let next = self.after_origin(next);
         // A saturated sum must not expire over and over.
-        Some(next.max(Ticks(now.0.saturating_add(1))))
+        next.max(Ticks(now.0.saturating_add(1)))
     }
 
     /// Input cycles of a period; 0 when the timer is not periodic.
