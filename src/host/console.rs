@@ -94,20 +94,32 @@ struct Console {
     receive: Ring<RECEIVE_BUFFER>,
     /// Interrupts are routed: queue instead of polling.
     running: bool,
-    /// The transmit interrupt is enabled, so the queue is being drained.
-    draining: bool,
 }
 
 static CONSOLE: Mutex<Console> = Mutex::new(Console {
     transmit: Ring::new(),
     receive: Ring::new(),
     running: false,
-    draining: false,
 });
 
 /// The interrupt handler has run. What it has done is behind the lock, so that no
 /// order is asked for here.
 static MOVED: AtomicBool = AtomicBool::new(false);
+
+/// The transmit interrupt is enabled, so the queue is being drained. Written
+/// with the console locked.
+static DRAINING: AtomicBool = AtomicBool::new(false);
+
+fn set_draining(on: bool) {
+    DRAINING.store(on, Ordering::Relaxed);
+    serial::set_transmit_interrupt(on);
+}
+
+/// Whether an interrupt comes when the transmitter runs empty: who has output
+/// can leave it until then.
+pub fn is_draining() -> bool {
+    DRAINING.load(Ordering::Relaxed)
+}
 
 /// Runs `f` with the console locked. Interrupts are off meanwhile, since the
 /// handler takes the same lock.
@@ -146,11 +158,10 @@ pub fn write(bytes: &[u8]) -> usize {
         });
         // The first bytes go directly: few characters need no interrupt then, and not every UART
         // raises one when that of an empty transmitter is enabled.
-        if !console.draining {
+        if !is_draining() {
             serial::refill(|| console.transmit.pop());
             if !console.transmit.is_empty() {
-                console.draining = true;
-                serial::set_transmit_interrupt(true);
+                set_draining(true);
             }
         }
         taken
@@ -188,11 +199,10 @@ pub fn interrupt() {
                 None => break,
             };
         }
-        if console.draining {
+        if is_draining() {
             serial::refill(|| console.transmit.pop());
             if console.transmit.is_empty() {
-                console.draining = false;
-                serial::set_transmit_interrupt(false);
+                set_draining(false);
             }
         }
     });

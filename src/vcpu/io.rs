@@ -112,7 +112,10 @@ impl Vcpu {
             Some(Request::PowerOff) => self.end(End::PowerOff),
             Some(Request::Reset) => self.end(End::Reset),
         }
-        if (pc::COM1..pc::COM1 + 8).contains(&port) {
+        // While the host's UART has something to send, its next interrupt fetches the rest.
+        let sent = port == pc::COM1 && !console::is_draining();
+        let has_room = (pc::COM1..pc::COM1 + 8).contains(&port) && self.console_input.is_some();
+        if sent || has_room {
             self.attend_to(Attention::CONSOLE);
         }
     }
