@@ -20,6 +20,9 @@ use std::time::{Duration, Instant};
 /// receive FIFO, with a pause in which the guest can empty it.
 const PIECE: usize = 16;
 const PAUSE: Duration = Duration::from_millis(10);
+/// Emulators send each character of the console on its own. It waits this long for
+/// others, so that not every one makes the system switch between them and us.
+const GATHER: Duration = Duration::from_millis(2);
 /// How long a machine may take to power off when its shell has ended.
 const POWER_OFF: Duration = Duration::from_secs(60);
 
@@ -207,6 +210,7 @@ impl<'s, 'w> Loop<'s, 'w> {
                     return self.ended();
                 }
                 self.receive(&buffer[..count])?;
+                std::thread::sleep(GATHER);
                 if self.unread {
                     return Ok(End::Signal(SIGPIPE));
                 }
