@@ -15,8 +15,8 @@ pub const CMDLINE: &str = "quiet loglevel=1 console=ttyS0,115200 nokaslr mitigat
      no_timer_check random.trust_cpu=on lsm=capability cryptomgr.notests \
      initcall_blacklist=load_system_certificate_list,init_blk_tracer,init_kprobe_trace";
 
-/// The memory of the default guest.
-pub const MEMORY: &str = "256M";
+/// Bytes of memory of the default guest.
+pub const MEMORY: u64 = 256 << 20;
 
 /// First process of the default guest: a shell with job control on the
 /// console, and power-off when it ends.

@@ -7,15 +7,16 @@ use crate::progress::Progress;
 use crate::provision::Provisioner;
 use crate::session::{End, Limit, Report, Session, Streams, input_is_terminal};
 use crate::verdict::Verdict;
-use crate::volume::{Job, Single, Volume, parse_memory};
+use crate::volume::{Job, Single, Volume};
 use crate::{build, image, paths, symbols};
 use anyhow::{Context, Result, bail};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use vireo_handoff::config::ApicMode;
+use vireo_handoff::config::{ApicMode, parse_size};
 
 /// How long a machine may be silent where nobody is there to notice it.
 const UNATTENDED: Duration = Duration::from_secs(600);
@@ -39,14 +40,14 @@ pub struct GuestOptions {
     #[arg(long, value_name = "TEXT")]
     pub cmdline: Option<String>,
     /// The guest's memory, for example 256M or 1G
-    #[arg(long, value_name = "SIZE", value_parser = memory)]
-    pub memory: Option<String>,
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub memory: Option<u64>,
     /// The number of the guest's virtual CPUs
     #[arg(long, value_name = "NUMBER")]
     pub vcpus: Option<u32>,
     /// How much of the guest's local APIC the CPU is
-    #[arg(long, value_name = "TIER", value_parser = ApicMode::ALL.map(ApicMode::name))]
-    pub apic: Option<String>,
+    #[arg(long, value_name = "TIER", value_parser = apic_mode())]
+    pub apic: Option<ApicMode>,
 }
 
 /// `cargo xtask run`
@@ -67,8 +68,8 @@ pub struct Options {
     #[arg(long, value_name = "MODEL")]
     cpu: Option<String>,
     /// The whole machine's memory; what is left out is what the guests and Vireo need
-    #[arg(long, value_name = "SIZE", value_parser = memory)]
-    machine_memory: Option<String>,
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    machine_memory: Option<u64>,
     /// Keep what the emulator writes, and the console's log, in this folder
     #[arg(long, value_name = "FOLDER")]
     folder: Option<PathBuf>,
@@ -136,9 +137,9 @@ impl GuestOptions {
             kernel: self.kernel.as_deref(),
             initrd: self.initrd.as_deref(),
             cmdline: self.cmdline.as_deref(),
-            memory: self.memory.as_deref(),
+            memory: self.memory,
             vcpus: self.vcpus,
-            apic: self.apic.as_deref(),
+            apic: self.apic,
         };
         let (rows, columns) = console::Term::stdout().size();
         let name = std::env::var("TERM").unwrap_or_default();
@@ -190,7 +191,7 @@ pub fn run(options: &Options) -> Result<u8> {
     };
     let fingerprint = disk.fingerprint();
     system.write_disk(disk, &mut config)?;
-    if let Some(bytes) = options.machine_memory.as_deref().and_then(parse_memory) {
+    if let Some(bytes) = options.machine_memory {
         config.memory_mib = bytes.div_ceil(1 << 20);
     }
     let machine = power_on(platform.as_ref(), &config, &progress)?;
@@ -256,7 +257,7 @@ impl Disk<'_> {
     /// Bytes of memory of the guests; assumed where only they know.
     pub(crate) fn memory(&self) -> u64 {
         match self {
-            Self::Volume(volume) => volume.memory,
+            Self::Volume(volume) => volume.memory(),
             Self::Given(_) => 256 << 20,
         }
     }
@@ -292,8 +293,8 @@ impl System {
                 .with_context(|| format!("cannot read the disk image {}", given.display())),
             (Self::Guest(bare), Disk::Volume(volume)) => {
                 let guest = volume.only_guest()?;
-                config.memory_mib = volume.memory.div_ceil(1 << 20);
-                config.cpus = guest.vcpus;
+                config.memory_mib = volume.memory().div_ceil(1 << 20);
+                config.cpus = guest.vm.vcpus;
                 bare.write_disk(&config.disk, &guest, config.ips)
             }
             (Self::Guest(_), Disk::Given(_)) => {
@@ -418,9 +419,14 @@ impl RunFolder {
     }
 }
 
-fn memory(text: &str) -> Result<String, String> {
-    match parse_memory(text) {
-        Some(_) => Ok(text.to_owned()),
-        None => Err("expected a size such as 256M or 1G".into()),
-    }
+fn size(text: &str) -> Result<u64, String> {
+    parse_size(text).ok_or_else(|| "expected a size such as 256M or 1G".into())
+}
+
+/// The names of the configuration.
+fn apic_mode() -> impl TypedValueParser<Value = ApicMode> {
+    PossibleValuesParser::new(ApicMode::ALL.map(ApicMode::name)).map(|name| {
+        let mode = ApicMode::ALL.into_iter().find(|mode| mode.name() == name);
+        mode.unwrap_or_default()
+    })
 }

@@ -8,16 +8,15 @@ use crate::{build, paths};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Component, Path};
-use toml::{Table, Value};
 use vireo_handoff::Config;
+use vireo_handoff::config::{ApicMode, Vm};
 
 /// The configuration's name on the volume.
 const CONFIG: &str = "vireo.toml";
+/// The first guest's initrd when it has a job.
+const WITH_JOB: &str = "initrd-with-job";
 /// The folder of the configuration on the volume.
 const FOLDER: &str = "vireo";
-/// The memory that is assumed where the configuration names none; the loader
-/// then says what is wrong with it.
-const ASSUMED: u64 = 256 << 20;
 
 /// One guest, given on the command line. What is left out is the default
 /// guest's; a guest with a kernel of its own has only what it is given.
@@ -29,12 +28,12 @@ pub struct Single<'a> {
     pub initrd: Option<&'a Path>,
     /// The kernel's command line.
     pub cmdline: Option<&'a str>,
-    /// Memory, such as `256M`.
-    pub memory: Option<&'a str>,
+    /// Bytes of memory.
+    pub memory: Option<u64>,
     /// Number of virtual CPUs.
     pub vcpus: Option<u32>,
-    /// The key `apic` of the configuration.
-    pub apic: Option<&'a str>,
+    /// How much of its local APIC the CPU is.
+    pub apic: Option<ApicMode>,
 }
 
 /// What a guest's shell is to do instead of taking the terminal.
@@ -49,10 +48,10 @@ pub struct Job<'a> {
 
 /// The configuration and its files.
 pub struct Volume {
-    config: String,
+    config: Config,
+    /// The configuration as a file.
+    text: String,
     files: Vec<Entry>,
-    /// Bytes of memory of all guests together.
-    pub memory: u64,
     /// Stands for everything but the job that the boot of the only guest
     /// depends on; equal for equal guests.
     pub fingerprint: Option<u64>,
@@ -65,10 +64,8 @@ pub struct Guest<'a> {
     pub kernel: &'a [u8],
     /// The initial RAM disk.
     pub initrd: Option<&'a [u8]>,
-    /// The kernel's command line.
-    pub cmdline: String,
-    /// Number of CPUs.
-    pub vcpus: u32,
+    /// The rest of its configuration.
+    pub vm: &'a Vm,
 }
 
 impl Volume {
@@ -100,31 +97,28 @@ impl Volume {
         }
         let mut cmdline = single.cmdline.unwrap_or(guest::CMDLINE).to_owned();
         let memory = single.memory.unwrap_or(guest::MEMORY);
-        let vcpus = i64::from(single.vcpus.unwrap_or(1));
+        let vcpus = single.vcpus.unwrap_or(1);
         let fingerprint = fingerprint(&(&kernel, &initrd, &cmdline, memory, vcpus));
         if let Some(job) = job {
             cmdline = guest::exec_cmdline(&cmdline);
             initrd = Some(with_job(job, initrd, default_initrd, provisioner)?);
         }
-        let mut vm = Table::new();
-        vm.insert("name".into(), "linux".into());
-        vm.insert("memory".into(), memory.into());
-        vm.insert("vcpus".into(), vcpus.into());
-        vm.insert("kernel".into(), "kernel".into());
-        vm.insert("cmdline".into(), cmdline.into());
-        if let Some(apic) = single.apic {
-            vm.insert("apic".into(), apic.into());
-        }
+        let vm = Vm {
+            name: "linux".into(),
+            memory,
+            vcpus,
+            kernel: "kernel".into(),
+            initrd: initrd.is_some().then(|| "initrd".into()),
+            cmdline,
+            apic: single.apic.unwrap_or_default(),
+        };
+        let text = toml::to_string(&Config { vm: vec![vm] })?;
         let mut files = vec![entry("kernel", kernel.unwrap_or_default())];
-        if let Some(initrd) = initrd {
-            vm.insert("initrd".into(), "initrd".into());
-            files.push(entry("initrd", initrd));
-        }
-        let config = Table::from_iter([("vm".to_owned(), Value::Array(vec![Value::Table(vm)]))]);
+        files.extend(initrd.map(|initrd| entry("initrd", initrd)));
         Ok(Self {
-            config: config.to_string(),
+            config: Config::parse(CONFIG, &text).map_err(|error| anyhow!("{}", error.reason()))?,
+            text,
             files,
-            memory: parse_memory(memory).unwrap_or(ASSUMED),
             fingerprint: Some(fingerprint),
         })
     }
@@ -133,117 +127,75 @@ impl Volume {
     /// folder. The first guest gets the job.
     ///
     /// # Errors
-    /// When the file is not text, or a file that it names cannot be read.
-    /// Anything else that is wrong with it is the loader's to say: it gets the
-    /// text as it is, so that line and column are those of the file.
+    /// What the loader would say of the file, or when a file that it names
+    /// cannot be read.
     pub fn from_config(path: &Path, job: Option<&Job>, provisioner: &Provisioner) -> Result<Self> {
-        let text = String::from_utf8(paths::read(path)?).map_err(|_| {
-            anyhow!(
-                "{} is not UTF-8 text: it must be a TOML file",
-                path.display()
-            )
-        })?;
-        if Config::parse(CONFIG, &text).is_err() {
-            return Ok(Self {
-                config: text,
-                files: Vec::new(),
-                memory: ASSUMED,
-                fingerprint: None,
-            });
-        }
-        let mut config: Table = text.parse()?;
+        let name = path.display();
+        let mut text = String::from_utf8(paths::read(path)?)
+            .map_err(|_| anyhow!("{name} is not UTF-8 text: it must be a TOML file"))?;
+        let mut config = Config::parse(&name.to_string(), &text)?;
         let folder = path.parent().unwrap_or(Path::new(""));
-        let mut files: Vec<Entry> = Vec::new();
-        let mut memory = 0;
-        let mut only = None;
-        let guests = config.get_mut("vm").and_then(Value::as_array_mut);
-        for (index, vm) in guests
-            .into_iter()
-            .flatten()
-            .filter_map(Value::as_table_mut)
-            .enumerate()
-        {
-            memory += vm.get("memory").and_then(memory_of).unwrap_or(ASSUMED);
-            let contents = |key| {
-                let name = vm.get(key)?.as_str()?;
-                paths::read(&folder.join(name)).ok()
-            };
-            only =
-                (index == 0).then(|| fingerprint(&(&text, contents("kernel"), contents("initrd"))));
-            if let (0, Some(job)) = (index, job) {
-                let given = vm.get("initrd").and_then(Value::as_str);
-                let given = given
-                    .map(|name| paths::read(&folder.join(name)))
-                    .transpose()?;
-                let initrd = with_job(job, given, false, provisioner)?;
-                files.push(entry("initrd-with-job", initrd));
-                vm.insert("initrd".into(), "initrd-with-job".into());
-                let cmdline = vm
-                    .get("cmdline")
-                    .and_then(Value::as_str)
-                    .unwrap_or_default();
-                vm.insert("cmdline".into(), guest::exec_cmdline(cmdline).into());
-            }
-            for name in ["kernel", "initrd"]
-                .iter()
-                .filter_map(|key| vm.get(*key)?.as_str())
-            {
-                let place = format!("{FOLDER}/{name}");
-                if files.iter().any(|file| file.path == place) {
-                    continue;
-                }
-                let plain = Path::new(name)
-                    .components()
-                    .all(|part| matches!(part, Component::Normal(_)));
-                ensure!(
-                    plain && !name.contains('\\'),
-                    "{} names {name}: a path must lie below the folder of the configuration, with / between its parts",
-                    path.display()
-                );
-                let contents = paths::read(&folder.join(name))
-                    .with_context(|| format!("{} names it", path.display()))?;
-                files.push(entry(name, contents));
-            }
-        }
-        let config = if job.is_some() {
-            config.to_string()
-        } else {
-            text
+        let read = |file: &String| {
+            let plain = Path::new(file)
+                .components()
+                .all(|part| matches!(part, Component::Normal(_)));
+            ensure!(
+                plain && !file.contains('\\'),
+                "{name} names {file}: a path must lie below the folder of the configuration, with / between its parts"
+            );
+            paths::read(&folder.join(file)).with_context(|| format!("{name} names it"))
         };
+        let mut fingerprint = None;
+        if let [vm] = config.vm.as_slice() {
+            let initrd = vm.initrd.as_ref().map(read).transpose()?;
+            fingerprint = Some(self::fingerprint(&(&text, read(&vm.kernel)?, initrd)));
+        }
+        let mut files = Vec::new();
+        if let (Some(job), Some(vm)) = (job, config.vm.first_mut()) {
+            let given = vm.initrd.as_ref().map(read).transpose()?;
+            let initrd = with_job(job, given, false, provisioner)?;
+            files.push(entry(WITH_JOB, initrd));
+            vm.initrd = Some(WITH_JOB.into());
+            vm.cmdline = guest::exec_cmdline(&vm.cmdline);
+            text = toml::to_string(&config)?;
+        }
+        for file in config.files().into_iter().filter(|file| *file != WITH_JOB) {
+            files.push(entry(file, read(&file.to_owned())?));
+        }
         Ok(Self {
             config,
+            text,
             files,
-            memory,
-            fingerprint: only,
+            fingerprint,
         })
+    }
+
+    /// Bytes of memory of all guests together.
+    pub fn memory(&self) -> u64 {
+        let sizes = self.config.vm.iter().map(|vm| vm.memory);
+        sizes.fold(0, u64::saturating_add)
     }
 
     /// The guest, where there is just one.
     ///
     /// # Errors
-    /// When there are more or none, or it has no kernel.
+    /// When there are more.
     pub fn only_guest(&self) -> Result<Guest<'_>> {
-        let config: Table = self.config.parse()?;
-        let guests = config.get("vm").and_then(Value::as_array);
-        let guests = guests.map_or(&[][..], Vec::as_slice);
-        let [vm] = guests else {
+        let [vm] = self.config.vm.as_slice() else {
             bail!(
                 "without Vireo a machine runs one guest, and the configuration has {}",
-                guests.len()
+                self.config.vm.len()
             );
         };
-        let file = |key| {
-            let place = format!("{FOLDER}/{}", vm.get(key)?.as_str()?);
+        let file = |name: &String| {
+            let place = format!("{FOLDER}/{name}");
             let file = self.files.iter().find(|file| file.path == place)?;
             Some(file.contents.as_slice())
         };
-        let text = vm.get("cmdline").and_then(Value::as_str);
-        let vcpus = vm.get("vcpus").and_then(Value::as_integer).unwrap_or(1);
         Ok(Guest {
-            kernel: file("kernel").context("the configuration names no kernel")?,
-            initrd: file("initrd"),
-            cmdline: text.unwrap_or_default().to_owned(),
-            vcpus: u32::try_from(vcpus).context("the number of vCPUs is not possible")?,
+            kernel: file(&vm.kernel).context("the guest has no kernel")?,
+            initrd: vm.initrd.as_ref().and_then(file),
+            vm,
         })
     }
 
@@ -254,7 +206,7 @@ impl Volume {
                 path: LOADER.into(),
                 contents: application,
             },
-            entry(CONFIG, self.config.into_bytes()),
+            entry(CONFIG, self.text.into_bytes()),
         ];
         files.extend(self.files);
         files
@@ -300,27 +252,6 @@ fn fingerprint(basis: &impl Hash) -> u64 {
     hasher.finish()
 }
 
-fn memory_of(value: &Value) -> Option<u64> {
-    match value {
-        Value::Integer(bytes) => u64::try_from(*bytes).ok(),
-        Value::String(text) => parse_memory(text),
-        _ => None,
-    }
-}
-
-/// Bytes in a size such as `256M`, `1G`, `65536K` or `1048576`.
-pub fn parse_memory(text: &str) -> Option<u64> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = match &text[digits.len()..] {
-        "" => 1,
-        "K" => 1 << 10,
-        "M" => 1 << 20,
-        "G" => 1 << 30,
-        _ => return None,
-    };
-    digits.parse::<u64>().ok()?.checked_mul(unit)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -353,16 +284,6 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_read_as_the_loader_reads_them() {
-        assert_eq!(parse_memory("256M"), Some(256 << 20));
-        assert_eq!(parse_memory("1G"), Some(1 << 30));
-        assert_eq!(parse_memory("4096"), Some(4096));
-        for wrong in ["", "M", "1T", "-1M", "1 M", "99999999999999G"] {
-            assert_eq!(parse_memory(wrong), None, "{wrong}");
-        }
-    }
-
-    #[test]
     fn a_configuration_brings_each_file_once() {
         let text = "[[vm]]\nname='a'\nmemory='2M'\nkernel='images/k'\n[[vm]]\nname='b'\nmemory='2M'\nkernel='images/k'\ninitrd='i'\n";
         let files = config(text, &["images/k", "i"]).unwrap();
@@ -375,12 +296,46 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_configuration_is_left_as_it_is_for_the_loader() {
-        for text in ["[[vm]]\nname = 'a'\nmemory 5\n", "colour = 1\n"] {
-            let files = config(text, &[]).unwrap();
-            assert_eq!(files[1], ("vireo/vireo.toml".into(), text.into()));
-            assert_eq!(files.len(), 2);
+    fn a_wrong_configuration_is_refused_as_by_the_loader() {
+        for (text, place) in [
+            ("[[vm]]\nname = 'a'\nmemory 5\n", "vireo.toml:3:"),
+            (
+                "colour = 1\n",
+                "vireo.toml:1:1: unknown field `colour`, expected",
+            ),
+        ] {
+            let error = config(text, &[]).unwrap_err().to_string();
+            assert!(error.contains(place), "{error}");
         }
+    }
+
+    #[test]
+    fn options_make_a_configuration_that_the_loader_reads() {
+        let kernel = std::env::temp_dir().join(format!("vireo-kernel-{}", std::process::id()));
+        std::fs::write(&kernel, "kernel").unwrap();
+        let single = Single {
+            kernel: Some(&kernel),
+            cmdline: Some("a=\"b c\" \\d"),
+            memory: Some(64 << 20),
+            apic: Some(ApicMode::ApicV),
+            ..Single::default()
+        };
+        let progress = Progress::new();
+        let volume = |single| Volume::single(single, None, None, &Provisioner::new(&progress));
+        let good = volume(&single).unwrap();
+        let vm = &good.config.vm[0];
+        assert_eq!(
+            (vm.cmdline.as_str(), vm.memory),
+            ("a=\"b c\" \\d", 64 << 20)
+        );
+        assert_eq!((vm.apic, &vm.initrd), (ApicMode::ApicV, &None));
+        let odd = Single {
+            memory: Some(3 << 20),
+            ..single
+        };
+        let error = volume(&odd).err().unwrap().to_string();
+        assert!(error.starts_with("memory is wrong; expected"), "{error}");
+        std::fs::remove_file(kernel).unwrap();
     }
 
     #[test]

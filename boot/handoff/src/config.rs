@@ -120,6 +120,24 @@ mod read {
 
     impl core::error::Error for ConfigError {}
 
+    impl ConfigError {
+        /// What is wrong, without the place.
+        pub fn reason(&self) -> &str {
+            &self.reason
+        }
+    }
+
+    /// Bytes in a size such as `256M`, `1G`, `65536K` or `1048576`.
+    pub fn parse_size(text: &str) -> Option<u64> {
+        let (digits, shift) = match text.char_indices().last()? {
+            (end, 'K') => (text.get(..end)?, 10),
+            (end, 'M') => (text.get(..end)?, 20),
+            (end, 'G') => (text.get(..end)?, 30),
+            _ => (text, 0),
+        };
+        digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+    }
+
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct RawConfig {
@@ -158,15 +176,7 @@ mod read {
         fn bytes(&self) -> Option<u64> {
             match self {
                 Self::Bytes(bytes) => Some(*bytes),
-                Self::Text(text) => {
-                    let (digits, shift) = match text.char_indices().last()? {
-                        (end, 'K') => (text.get(..end)?, 10),
-                        (end, 'M') => (text.get(..end)?, 20),
-                        (end, 'G') => (text.get(..end)?, 30),
-                        _ => (text.as_str(), 0),
-                    };
-                    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
-                }
+                Self::Text(text) => parse_size(text),
             }
         }
     }
@@ -281,6 +291,16 @@ mod read {
         }
 
         #[test]
+        fn sizes() {
+            assert_eq!(parse_size("256M"), Some(256 << 20));
+            assert_eq!(parse_size("1G"), Some(1 << 30));
+            assert_eq!(parse_size("4K"), parse_size("4096"));
+            for wrong in ["", "M", "1T", "-1M", "1 M", "1MM", "99999999999999G"] {
+                assert_eq!(parse_size(wrong), None, "{wrong}");
+            }
+        }
+
+        #[test]
         fn errors_say_where_and_what() {
             assert!(reason("[[vm]\n").starts_with("vireo.toml:1:"));
             let unknown = reason(&alloc::format!("{GOOD}colour = 1\n"));
@@ -308,4 +328,4 @@ mod read {
 }
 
 #[cfg(feature = "toml")]
-pub use read::ConfigError;
+pub use read::{ConfigError, parse_size};

@@ -97,7 +97,7 @@ impl Bare {
         let mut files = vec![file(KERNEL, with_stub(guest.kernel, clock)?)];
         let mut config = format!(
             "SERIAL 0 115200\nDEFAULT linux\nLABEL linux\nLINUX /{KERNEL}\nAPPEND {}\n",
-            cmdline(&guest.cmdline, ips)
+            cmdline(&guest.vm.cmdline, ips)
         );
         if let Some(initrd) = guest.initrd {
             files.push(file(INITRD, initrd.to_vec()));
