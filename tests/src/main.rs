@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod deaths;
+mod fetching;
 mod figures;
 mod guests;
 mod harness;
@@ -24,6 +25,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let mut suite = Suite::default();
     deaths::add(&mut suite);
+    fetching::add(&mut suite);
     figures::add(&mut suite);
     guests::add(&mut suite);
     linux::add(&mut suite);

@@ -1,6 +1,7 @@
 //! Where things are.
 
 use anyhow::{Context, Result};
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 /// The root of the workspace.
@@ -19,8 +20,12 @@ pub fn target() -> PathBuf {
 
 /// The executable `name` on the search path.
 pub fn find_program(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path)
+    find_in(&std::env::var_os("PATH")?, name)
+}
+
+/// The executable `name` on this search path.
+pub fn find_in(path: &OsStr, name: &str) -> Option<PathBuf> {
+    std::env::split_paths(path)
         .map(|folder| folder.join(name))
         .find(|file| file.is_file())
 }

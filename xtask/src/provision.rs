@@ -10,11 +10,12 @@
 mod emulator;
 mod rig;
 
-use crate::machine::{Bare, Bochs};
+use crate::machine::{Bare, Bochs, bound_command, program_of};
 use crate::paths;
 use crate::progress::Progress;
 use anyhow::{Context, Result, bail, ensure};
 use nix::unistd::Uid;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -39,6 +40,10 @@ pub struct DefaultGuest {
 /// Finds things, and fetches what is not there.
 pub struct Provisioner<'a> {
     folder: PathBuf,
+    /// The search path for programs.
+    path: OsString,
+    /// Packages may be installed.
+    root: bool,
     progress: &'a Progress,
 }
 
@@ -47,8 +52,14 @@ impl<'a> Provisioner<'a> {
     pub fn new(progress: &'a Progress) -> Self {
         Self {
             folder: paths::target().join("provision"),
+            path: std::env::var_os("PATH").unwrap_or_default(),
+            root: Uid::effective().is_root(),
             progress,
         }
+    }
+
+    fn find(&self, program: &str) -> Option<PathBuf> {
+        paths::find_in(&self.path, program)
     }
 
     /// What boots a guest's kernel without Vireo.
@@ -57,7 +68,7 @@ impl<'a> Provisioner<'a> {
     /// When a part of it is not there and cannot be fetched.
     pub fn bare(&self) -> Result<Bare> {
         let firmware = self.file("bochsbios", "usr/share/bochs/BIOS-bochs-latest")?;
-        let mtools = match paths::find_program("mcopy") {
+        let mtools = match self.find("mcopy") {
             Some(_) => None,
             None => Some(self.package("mtools")?.join("usr/bin")),
         };
@@ -235,19 +246,19 @@ impl<'a> Provisioner<'a> {
     /// none on a fresh machine, and old ones name packages that are gone),
     /// once more with current lists of our own.
     fn apt(&self, tool: &str, arguments: &[&str], folder: &Path) -> Result<String> {
-        if paths::find_program(tool).is_none() {
-            bail!(
-                "there is no {tool}: on a system other than Debian, install bochs, OVMF, vgabios and busybox by hand"
-            );
-        }
+        let program = self.find(tool).with_context(|| {
+            format!("there is no {tool}: on a system other than Debian, install bochs, OVMF, vgabios and busybox by hand")
+        })?;
         let own = self.folder.join("apt");
+        let installing = arguments.first() == Some(&"install") && !arguments.contains(&"-s");
         let run = |options: &[String]| {
-            let user = if Uid::effective().is_root() {
-                "root"
+            let user = if self.root { "root" } else { "" };
+            // An installation is not to be ended in the middle, all else with us.
+            let mut command = if installing {
+                Command::new(&program)
             } else {
-                ""
+                bound_command(&program)
             };
-            let mut command = Command::new(tool);
             command
                 .current_dir(folder)
                 .env("DEBIAN_FRONTEND", "noninteractive")
@@ -266,7 +277,6 @@ impl<'a> Provisioner<'a> {
             "-o".into(),
             "Dir::State::status=/var/lib/dpkg/status".into(),
         ];
-        let installing = arguments.first() == Some(&"install") && !arguments.contains(&"-s");
         let with_system = if own.join("updated").exists() && !installing {
             None
         } else {
@@ -279,7 +289,7 @@ impl<'a> Provisioner<'a> {
                     self.progress.stage("fetching the lists of Debian packages");
                     fs::create_dir_all(own.join("state/lists/partial"))?;
                     fs::create_dir_all(own.join("cache/archives/partial"))?;
-                    let mut update = Command::new("apt-get");
+                    let mut update = bound_command(&program.with_file_name("apt-get"));
                     update
                         .args(["-q", "-o", "APT::Sandbox::User=root"])
                         .args(&options)
@@ -349,7 +359,7 @@ fn replace(path: &Path, contents: &[u8]) -> Result<()> {
 
 /// Runs a command to its end, which must be a good one.
 fn output(command: &mut Command) -> Result<Output> {
-    let name = command.get_program().to_string_lossy().into_owned();
+    let name = program_of(command);
     let output = command
         .output()
         .with_context(|| format!("cannot start {name}"))?;
@@ -367,6 +377,103 @@ fn output(command: &mut Command) -> Result<Output> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    /// An `apt-get` whose `download` makes the package `thing` with the file `whole`.
+    const DOWNLOADS: &str = r#"#!/bin/sh
+case "$*" in *download*) ;; *) exit ;; esac
+mkdir -p thing/DEBIAN && echo whole >thing/whole
+printf 'Package: thing\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b>\nDescription: x\n' >thing/DEBIAN/control
+dpkg-deb --build thing >/dev/null && rm -r thing
+"#;
+
+    /// Lets `body` provide things with this `apt-get`.
+    fn with_apt<R>(name: &str, script: &str, body: impl FnOnce(&Provisioner) -> R) -> R {
+        let folder = std::env::temp_dir().join(format!("vireo-apt-{name}-{}", std::process::id()));
+        let programs = folder.join("bin");
+        fs::create_dir_all(&programs).unwrap();
+        let result = {
+            let progress = Progress::new();
+            let provisioner = Provisioner {
+                folder: folder.join("provision"),
+                path: programs.into(),
+                root: false,
+                progress: &progress,
+            };
+            set_apt(&provisioner, script);
+            body(&provisioner)
+        };
+        fs::remove_dir_all(folder).unwrap();
+        result
+    }
+
+    fn set_apt(provisioner: &Provisioner, script: &str) {
+        let program = Path::new(&provisioner.path).join("apt-get");
+        fs::write(&program, script).unwrap();
+        fs::set_permissions(program, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    /// What an emulator's source would be that nothing else names.
+    const NOTHING: emulator::Source = emulator::Source {
+        variable: "VIREO_NOTHING",
+        programs: &["nothing"],
+        packages: &["thing", "thing-data"],
+        usage: "usage: nothing",
+        environment: |_| Vec::new(),
+    };
+
+    #[test]
+    fn without_network_and_root_a_sentence_says_what_to_install() {
+        let script = "#!/bin/sh\necho 'E: Could not resolve the mirror' >&2\nexit 100\n";
+        let error = with_apt("offline", script, |provisioner| {
+            provisioner.emulator(&NOTHING).unwrap_err()
+        });
+        let text = format!("{error:#}");
+        assert!(
+            text.contains("install it (apt-get install thing thing-data)"),
+            "{text}"
+        );
+        assert!(
+            text.ends_with("Could not resolve the mirror") && !text.contains('\n'),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn an_unpacked_program_that_does_not_run_is_not_taken() {
+        let error = with_apt("useless", DOWNLOADS, |provisioner| {
+            provisioner.emulator(&NOTHING).unwrap_err()
+        });
+        let text = format!("{error:#}");
+        assert!(
+            text.contains("install it (apt-get install thing thing-data)"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn what_is_cut_off_is_not_taken_for_whole() {
+        let cut = DOWNLOADS.to_owned() + "truncate -s 300 thing.deb\n";
+        with_apt("cut", &cut, |provisioner| {
+            let error = provisioner.package("thing").unwrap_err();
+            assert!(
+                format!("{error:#}").contains("dpkg-deb has failed"),
+                "{error:#}"
+            );
+            assert!(!provisioner.folder.join("thing").exists());
+            // As an invocation leaves it that was killed.
+            for name in ["thing.archives/half.deb", "thing.new/half"] {
+                let file = provisioner.folder.join(name);
+                fs::create_dir_all(file.parent().unwrap()).unwrap();
+                fs::write(file, "half").unwrap();
+            }
+            set_apt(provisioner, DOWNLOADS);
+            let folder = provisioner.package("thing").unwrap();
+            let files: Vec<_> = fs::read_dir(folder).unwrap().collect();
+            assert_eq!(files.len(), 1);
+            assert_eq!(files[0].as_ref().unwrap().file_name(), "whole");
+        });
+    }
 
     #[test]
     fn the_kernel_is_read_from_the_meta_package() {

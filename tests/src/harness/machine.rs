@@ -306,7 +306,7 @@ impl Ending {
 }
 
 /// The program behind `cargo xtask`: the one that started us, or our neighbour.
-fn xtask_program() -> Result<PathBuf> {
+pub fn xtask_program() -> Result<PathBuf> {
     if let Some(program) = std::env::var_os("VIREO_XTASK") {
         return Ok(program.into());
     }

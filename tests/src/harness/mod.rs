@@ -4,7 +4,7 @@ mod journal;
 mod machine;
 mod unit;
 
-pub use machine::{Ending, Input, Machine, Outcome};
+pub use machine::{Ending, Input, Machine, Outcome, xtask_program};
 
 use anyhow::Result;
 use journal::{Journal, Record};

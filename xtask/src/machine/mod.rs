@@ -236,7 +236,7 @@ impl Machine {
             .stdout(output.try_clone()?)
             .stderr(output)
             .process_group(0);
-        let name = command.get_program().to_string_lossy().into_owned();
+        let name = program_of(&command);
         let mut child = command
             .spawn()
             .with_context(|| format!("cannot start {name}"))?;
@@ -294,6 +294,13 @@ pub fn bound_command(program: &Path) -> Command {
         }
         None => Command::new(program),
     }
+}
+
+/// The program that a command runs, also where [`bound_command`] made it.
+pub fn program_of(command: &Command) -> String {
+    let mut arguments = command.get_args().skip_while(|argument| *argument != "--");
+    let program = arguments.nth(1).unwrap_or(command.get_program());
+    program.to_string_lossy().into_owned()
 }
 
 /// The last lines of a log that say why something failed.

@@ -3,23 +3,21 @@
 
 use super::{LIBRARIES, Provisioner, named_by};
 use crate::machine::{Bochs, Emulator, Qemu};
-use crate::paths;
 use anyhow::{Context, Result, ensure};
-use nix::unistd::Uid;
 use std::path::{Path, PathBuf};
 
 /// How an emulator is found and fetched.
-struct Source {
+pub(super) struct Source {
     /// The environment variable that names another program.
-    variable: &'static str,
+    pub variable: &'static str,
     /// The program, in the order of preference.
-    programs: &'static [&'static str],
+    pub programs: &'static [&'static str],
     /// The packages; the program is in the first of them.
-    packages: &'static [&'static str],
+    pub packages: &'static [&'static str],
     /// What its help says where it runs at all.
-    usage: &'static str,
+    pub usage: &'static str,
     /// What it needs in its environment when it is unpacked into a folder.
-    environment: fn(&Path) -> Vec<(String, String)>,
+    pub environment: fn(&Path) -> Vec<(String, String)>,
 }
 
 const BOCHS: Source = Source {
@@ -81,13 +79,8 @@ impl Provisioner<'_> {
         self.emulator(&QEMU)
     }
 
-    fn emulator(&self, source: &Source) -> Result<Emulator> {
-        let installed = || {
-            source
-                .programs
-                .iter()
-                .find_map(|name| paths::find_program(name))
-        };
+    pub(super) fn emulator(&self, source: &Source) -> Result<Emulator> {
+        let installed = || source.programs.iter().find_map(|name| self.find(name));
         if let Some(program) = named_by(source.variable)?.or_else(installed) {
             return Ok(Emulator::installed(program));
         }
@@ -96,7 +89,7 @@ impl Provisioner<'_> {
             Err(error) => error,
         };
         let packages = source.packages.join(" ");
-        if !Uid::effective().is_root() {
+        if !self.root {
             return Err(error.context(format!(
                 "cannot run the emulator from its unpacked package: install it (apt-get install {packages})"
             )));
