@@ -2,7 +2,7 @@
 
 use super::{Emulator, Machine, MachineConfig, Platform, last_words};
 use crate::image::{CYLINDER, HEADS, SECTORS};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -127,10 +127,16 @@ impl Bochs {
 fn disk(place: &str, path: &Path) -> Result<String> {
     let image = fs::metadata(path)
         .with_context(|| format!("cannot read the disk image {}", path.display()))?;
-    Ok(format!(
-        "ata0-{place}: type=disk, path={}, mode=flat, cylinders={}, heads={HEADS}, spt={SECTORS}\n",
+    let cylinders = image.len() / CYLINDER;
+    ensure!(
+        cylinders > 0,
+        "the disk image {} has {} bytes: a disk that Vireo boots from has more",
         path.display(),
-        image.len() / CYLINDER
+        image.len()
+    );
+    Ok(format!(
+        "ata0-{place}: type=disk, path={}, mode=flat, cylinders={cylinders}, heads={HEADS}, spt={SECTORS}\n",
+        path.display(),
     ))
 }
 
