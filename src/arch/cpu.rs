@@ -4,7 +4,7 @@ use crate::addr::Hva;
 use core::arch::asm;
 use x86_64::VirtAddr;
 use x86_64::instructions::{hlt, interrupts, nop, tlb};
-use x86_64::registers::control::{Cr2, Cr3, Cr4, Cr4Flags};
+use x86_64::registers::control::{Cr2, Cr3, Cr4, Cr4Flags, Cr8};
 
 pub use x86_64::instructions::interrupts::{
     are_enabled as interrupts_enabled, disable as disable_interrupts, enable as enable_interrupts,
@@ -52,6 +52,12 @@ pub fn interrupt_window() {
     // STI takes effect behind the next instruction.
     nop();
     interrupts::disable();
+}
+
+/// Holds back interrupts whose class (the upper four bits of the vector) is not above
+/// `class`, up to 15.
+pub fn set_task_priority(class: u8) {
+    Cr8::write_raw(u64::from(class & 15));
 }
 
 /// The time-stamp counter, in ticks. Not serialized.

@@ -1,6 +1,8 @@
 //! What of VT-x is used on this CPU, in a few lines of the log.
 
 use crate::host::local_apic::{self, Mode};
+use crate::vmx::apic::{ApicAccess, ApicTier};
+use crate::vmx::controls::Controls;
 use crate::vmx::ept::{EptVpidCapabilities, PageSize};
 use crate::vmx::operation::Vmx;
 use core::fmt;
@@ -53,13 +55,25 @@ impl Choice {
     }
 }
 
+/// What guests use of the CPU that ask for all: their APIC's mode decides which at a time.
+fn all_controls(vmx: &Vmx) -> Controls {
+    let tier = ApicTier::best(&vmx.capabilities);
+    let of = |access| tier.controls(access, &vmx.controls, &vmx.capabilities);
+    let (page, msrs) = (of(ApicAccess::Page), of(ApicAccess::Msrs));
+    Controls {
+        secondary: page.secondary | msrs.secondary,
+        ..page
+    }
+}
+
 const COUNT: usize = 18;
 
 struct Features([(Choice, &'static str); COUNT]);
 
 impl Features {
     fn new(vmx: &Vmx) -> Self {
-        let (controls, capabilities) = (&vmx.controls, &vmx.capabilities);
+        let capabilities = &vmx.capabilities;
+        let controls = &all_controls(vmx);
         let pin = |bits: Pin| Choice::of(bits.bits(), controls.pin, capabilities.pin.may());
         let primary =
             |bits: Primary| Choice::of(bits.bits(), controls.primary, capabilities.primary.may());

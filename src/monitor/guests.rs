@@ -192,7 +192,8 @@ impl<'a> Loaded<'a> {
         let result = Vcpu::new(Arc::new(vm), 0, vmx, vpid, &entry)
             .map(|(mut vcpu, mut stack)| {
                 ready();
-                info!("vm {}: started, {} MiB", config.name, config.memory >> 20);
+                let (memory, tier) = (config.memory >> 20, vcpu.apic_tier());
+                info!("vm {}: started, {memory} MiB, APIC {tier}", config.name);
                 super::log::quiet(true);
                 #[cfg(feature = "count-vmcs")]
                 crate::vmx::count::reset();

@@ -152,9 +152,13 @@ impl Vcpu {
 
     /// Whether something would wake the guest from HLT: a debug trap too, for an HLT
     /// that was single-stepped.
-    pub(super) fn has_wake_event(&self) -> bool {
+    pub(super) fn has_wake_event(&mut self) -> bool {
+        if self.tier.delivers() {
+            self.apic.refresh();
+        }
+        let interrupt = self.apic.pending().is_some() || self.has_extint();
         self.pending.nmi
-            || self.vmcs.read(guest::RFLAGS) & RFLAGS_IF != 0 && self.has_interrupt()
+            || interrupt && self.vmcs.read(guest::RFLAGS) & RFLAGS_IF != 0
             || self.vmcs.read(guest::PENDING_DEBUG) != 0
     }
 
@@ -164,7 +168,7 @@ impl Vcpu {
     }
 
     pub(super) fn has_interrupt(&self) -> bool {
-        self.apic.pending().is_some() || self.has_extint()
+        !self.tier.delivers() && self.apic.pending().is_some() || self.has_extint()
     }
 
     fn has_extint(&self) -> bool {
@@ -180,6 +184,7 @@ impl Vcpu {
         match self.apic.accept(message) {
             Event::Nmi => self.pending.nmi = true,
             Event::ExtInt => self.pending.extint = true,
+            Event::Init if self.tier.delivers() => self.write_interrupt_status(),
             // INIT and SIPI to a running boot processor are for several vCPUs; SMM does not exist.
             Event::None | Event::Init | Event::StartUp(_) | Event::Smi => {}
         }
@@ -189,6 +194,9 @@ impl Vcpu {
     /// it must not wait for an exit that may not come.
     #[inline]
     pub(super) fn inject(&mut self) {
+        if self.tier.delivers() {
+            self.pass_requests();
+        }
         if self.pending.is_empty() && !self.has_extint() {
             self.inject_from_apic();
         } else {
@@ -199,9 +207,15 @@ impl Vcpu {
     /// [`Vcpu::inject`] where at most the local APIC has something: mostly.
     #[inline]
     fn inject_from_apic(&mut self) {
+        if self.tier.delivers() {
+            return self.set_window(false, false);
+        }
         let Some(vector) = self.apic.pending() else {
+            self.set_threshold(self.apic.threshold());
             return self.set_window(false, false);
         };
+        // The TPR holds nothing back that could come before this one.
+        self.set_threshold(0);
         let interruptibility = self.vmcs.read_basic(guest::INTERRUPTIBILITY);
         let rflags = self.vmcs.read_basic(guest::RFLAGS);
         if interruptibility & SHADOW != 0 || rflags & RFLAGS_IF == 0 {
@@ -242,6 +256,12 @@ impl Vcpu {
         let nmi = self.pending.nmi && self.vmx.controls.has_virtual_nmis();
         let interrupt = self.has_interrupt();
         self.set_window(interrupt, nmi);
+        let threshold = if self.tier.delivers() {
+            0
+        } else {
+            self.apic.threshold()
+        };
+        self.set_threshold(threshold);
         if self.pending.nmi && !nmi {
             // No window will say when it can be taken: every exit is a chance.
             self.attend_to(Attention::EVENTS);

@@ -51,6 +51,9 @@ impl Vcpu {
             Exit::InterruptWindow | Exit::NmiWindow | Exit::TprBelowThreshold => {
                 self.attend_to(Attention::EVENTS);
             }
+            Exit::ApicPage(access) => self.apic_page(access, registers)?,
+            Exit::VirtualizedEoi(vector) => self.virtualized_eoi(vector),
+            Exit::ApicWrite(offset) => self.apic_write(offset),
             // Caches are the host's: no device of the guest reads memory behind them.
             Exit::CacheInvalidation | Exit::Pause | Exit::Invlpg => self.skip_instruction(),
             // The guest has no performance counters.
@@ -126,7 +129,7 @@ impl Vcpu {
     pub(super) fn preemption_timer(&mut self) {
         // Bochs 2.7 keeps a host interrupt back as long as a guest that was entered
         // with interrupts off leaves them off. It is taken here.
-        cpu::interrupt_window();
+        self.admit_interrupts(cpu::interrupt_window);
         self.look_at_host();
     }
 

@@ -29,9 +29,11 @@ pub(super) static TABLE: LightTable<Vcpu> = {
     table[number::WRMSR] = wrmsr;
     table[number::PAUSE] = skip;
     table[number::TPR_BELOW_THRESHOLD] = look_at_events;
+    table[number::VIRTUALIZED_EOI] = virtualized_eoi;
     table[number::PREEMPTION_TIMER] = preemption_timer;
     table[number::WBINVD] = skip;
     table[number::XSETBV] = xsetbv;
+    table[number::APIC_WRITE] = apic_write;
     table
 };
 
@@ -141,6 +143,18 @@ extern "C" fn hlt(vcpu: &mut Vcpu, _: &mut LightRegisters) -> Verdict {
 
 extern "C" fn look_at_events(vcpu: &mut Vcpu, _: &mut LightRegisters) -> Verdict {
     vcpu.attend_to(Attention::EVENTS);
+    vcpu.verdict()
+}
+
+extern "C" fn virtualized_eoi(vcpu: &mut Vcpu, _: &mut LightRegisters) -> Verdict {
+    let vector = vcpu.vmcs.read_basic(information::EXIT_QUALIFICATION);
+    vcpu.virtualized_eoi(vector as u8);
+    vcpu.verdict()
+}
+
+extern "C" fn apic_write(vcpu: &mut Vcpu, _: &mut LightRegisters) -> Verdict {
+    let offset = vcpu.vmcs.read_basic(information::EXIT_QUALIFICATION);
+    vcpu.apic_write(offset as u16 & 0xfff);
     vcpu.verdict()
 }
 

@@ -46,7 +46,19 @@ impl Vcpu {
                 self.end(End::NoMemoryForDelivery(violation.gpa));
                 Ok(())
             }
-            Err(Unmapped::NoSlot) => self.device_access(violation, registers),
+            Err(Unmapped::NoSlot) if violation.execute || !violation.final_access => {
+                // Code or page tables where there is no memory.
+                self.end(End::NoMemory(violation.gpa));
+                Ok(())
+            }
+            Err(Unmapped::NoSlot) => {
+                let access = if violation.write {
+                    emulate::Access::Write
+                } else {
+                    emulate::Access::Read
+                };
+                self.device_access(violation.gpa, access, registers)
+            }
             Err(Unmapped::Ept(error)) => {
                 self.end(End::Ept(error));
                 Ok(())
@@ -54,16 +66,13 @@ impl Vcpu {
         }
     }
 
-    fn device_access(
+    /// Emulates the instruction that accesses the device at `gpa`.
+    pub(super) fn device_access(
         &mut self,
-        violation: EptViolation,
+        gpa: Gpa,
+        access: emulate::Access,
         registers: &mut GeneralRegisters,
     ) -> Result<(), Exception> {
-        if violation.execute || !violation.final_access {
-            // Code or page tables where there is no memory.
-            self.end(End::NoMemory(violation.gpa));
-            return Ok(());
-        }
         let mut bytes = [0; INSTRUCTION_MAX];
         let rip = self.vmcs.read(guest::RIP);
         let long = self.is_64_bit();
@@ -80,15 +89,10 @@ impl Vcpu {
             self.vmcs.read(guest::CS_BASE).wrapping_add(rip) & 0xffff_ffff
         };
         let fetched = self.fetch(Gva(start), &mut bytes)?;
-        let access = if violation.write {
-            emulate::Access::Write
-        } else {
-            emulate::Access::Read
-        };
         registers.rsp = self.vmcs.read(guest::RSP);
         let mut rflags = self.vmcs.read(guest::RFLAGS);
         let mut bus = DeviceBus {
-            gpa: violation.gpa,
+            gpa,
             long,
             fault: None,
             vcpu: self,
@@ -116,7 +120,7 @@ impl Vcpu {
                 self.end(End::Instruction {
                     rip: Gva(start),
                     bytes,
-                    gpa: violation.gpa,
+                    gpa,
                 });
                 Ok(())
             }
@@ -253,7 +257,7 @@ impl Vcpu {
     }
 
     #[inline(never)]
-    fn broadcast_eoi(&mut self, vector: u8) {
+    pub(super) fn broadcast_eoi(&mut self, vector: u8) {
         self.with_chipset(|chipset| chipset.eoi(vector));
     }
 

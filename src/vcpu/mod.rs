@@ -3,10 +3,11 @@
 //! [`Vcpu::run`] is the run loop; between its rounds the guest runs, and each
 //! VM exit is answered in [`exits`] on the vCPU's own stack. What an exit may
 //! lead to has a file each: [`mod@control_registers`], [`events`] (injection), [`io`],
-//! [`mmio`], [`model_specific`]. Policy is plain logic that knows neither VT-x
+//! [`mmio`], [`model_specific`], [`virtual_apic`]. Policy is plain logic that knows neither VT-x
 //! nor the host: [`cpuid`], [`msr`], [`pvclock`], [`walk`], [`emulate`].
 
 mod attention;
+mod bochs;
 pub mod control_registers;
 pub mod cpuid;
 pub mod emulate;
@@ -23,11 +24,14 @@ pub mod run;
 pub mod state;
 mod timer;
 pub mod tsc;
+mod virtual_apic;
 pub mod walk;
 
+use crate::addr::Gpa;
 use crate::devices::Clock;
 use crate::devices::local_apic::LocalApic;
 use crate::vm::machine::Vm;
+use crate::vmx::apic::ApicTier;
 use crate::vmx::operation::Vmx;
 use crate::vmx::vmcs::Vmcs;
 use crate::vmx::vpid::Vpid;
@@ -52,6 +56,14 @@ pub struct Vcpu {
     cpuid: CpuidTable,
     msrs: Msrs,
     apic: LocalApic,
+    /// How much of it the CPU is.
+    tier: ApicTier,
+    /// The TPR threshold as it is in the VMCS.
+    threshold: u8,
+    /// Where the APIC-access page is mapped.
+    apic_page: Option<Gpa>,
+    /// See [`bochs`].
+    holds_interrupts: bool,
     pending: Pending,
     /// The last fault that the hypervisor raised.
     raised: Option<Raised>,
@@ -82,6 +94,11 @@ enum Leave {
 }
 
 impl Vcpu {
+    /// How much of the local APIC the CPU is.
+    pub const fn apic_tier(&self) -> ApicTier {
+        self.tier
+    }
+
     /// Ends the guest at the next look.
     fn end(&mut self, end: End) {
         self.leave(Leave::End(end));

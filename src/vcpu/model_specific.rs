@@ -73,6 +73,7 @@ impl Vcpu {
                 self.apic.set_base_msr(now, value)?;
                 self.cpuid
                     .set_apic_enabled(self.apic.mode() != Mode::Disabled);
+                self.follow_apic_mode();
                 self.look_at_apic();
             }
             Held::Tsc => self.shift_tsc(now, value.wrapping_sub(self.tsc(now))),

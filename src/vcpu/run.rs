@@ -120,7 +120,9 @@ impl fmt::Display for End {
 impl Vcpu {
     /// Runs the guest to its end, and shows what its console still holds.
     pub fn run(&mut self, entry: &mut Entry, start: &EntryState) -> End {
+        self.hold_interrupts(true);
         let end = self.run_to_end(entry, start);
+        self.hold_interrupts(false);
         self.flush_console();
         end
     }
@@ -213,7 +215,7 @@ impl Vcpu {
             if deadline != NEVER {
                 time::arm(deadline.0.saturating_sub(now.0));
             }
-            cpu::wait_for_interrupt();
+            self.admit_interrupts(cpu::wait_for_interrupt);
         }
     }
 

@@ -8,7 +8,7 @@ use super::exceptions;
 use super::msr::number::{BIOS_SIGN_ID, MISC_ENABLE};
 use super::msr::{self, MISC_ENABLE_FAST_STRINGS, Msrs};
 use super::timer::EntryTimer;
-use super::{Attention, Vcpu};
+use super::{Attention, Vcpu, virtual_apic};
 use crate::addr::Hva;
 use crate::arch::msr::try_read;
 use crate::arch::registers::GeneralRegisters;
@@ -18,7 +18,9 @@ use crate::host::descriptors;
 use crate::host::memory::paging::{self, MapError};
 use crate::vm::boot::{EntryMode, EntryState};
 use crate::vm::machine::Vm;
+use crate::vmx::apic::ApicTier;
 use crate::vmx::bitmap::{IoBitmap, MsrAccess, MsrBitmap};
+use crate::vmx::controls::Missing;
 use crate::vmx::entry::Entry;
 use crate::vmx::ept::EptError;
 use crate::vmx::host_state;
@@ -32,8 +34,8 @@ use x86::vmx::vmcs::control::{EntryControls, PrimaryControls, SecondaryControls}
 
 /// The pages that the CPU consults at RDMSR, WRMSR, IN and OUT.
 pub(super) struct Bitmaps {
-    msr: MsrBitmap,
-    io: IoBitmap,
+    pub(super) msr: MsrBitmap,
+    pub(super) io: IoBitmap,
 }
 
 /// Why a vCPU could not be made.
@@ -44,6 +46,8 @@ pub enum SetupError {
     Ept(EptError),
     Vmx(VmxError),
     Invalidation(InvalidationError),
+    /// The configuration asks for more of APIC virtualization than the CPU has.
+    Apic(Missing),
 }
 
 impl fmt::Display for SetupError {
@@ -53,6 +57,10 @@ impl fmt::Display for SetupError {
             Self::Stack(error) => write!(f, "no stack for a virtual CPU: {error:?}"),
             Self::Ept(error) => write!(f, "no extended page tables: {error:?}"),
             Self::Vmx(error) => write!(f, "the VMCS is refused: {error:?}"),
+            Self::Apic(Missing { feature, msr, bit }) => write!(
+                f,
+                "`apic` in vireo.toml asks for what this CPU's VT-x lacks, \"{feature}\" ({msr} bit {bit}); use apic = \"auto\""
+            ),
             Self::Invalidation(error) => {
                 write!(f, "cached translations cannot be dropped: {error:?}")
             }
@@ -97,6 +105,10 @@ impl Vcpu {
         vpid: Vpid,
         entry: &EntryState,
     ) -> Result<(Self, Entry), SetupError> {
+        let tier = virtual_apic::tier(vm.apic, ApicTier::best(&vmx.capabilities));
+        if let Some(missing) = tier.missing(&vmx.capabilities) {
+            return Err(SetupError::Apic(missing));
+        }
         let controls = vmx.controls;
         let vpid = if controls.has(SecondaryControls::ENABLE_VPID) {
             vpid
@@ -152,7 +164,11 @@ impl Vcpu {
         bitmaps.io.pass_through(pc::POST_CODE);
 
         let mut vcpu = Self {
-            apic: LocalApic::new(id, id == 0, vm.clock),
+            apic: LocalApic::new(id, id == 0, vm.clock).delivered_by_cpu(tier.delivers()),
+            tier,
+            threshold: 0,
+            apic_page: None,
+            holds_interrupts: false,
             cr4_allowed: cpuid::cr4_allowed(&table) & vmx.capabilities.cr4_fixed1,
             cpuid: table,
             msrs,
@@ -166,7 +182,7 @@ impl Vcpu {
             system_time_version: 0,
             console_input: None,
             attention: Attention::empty(),
-            timer: EntryTimer::UNSET,
+            timer: EntryTimer::new(vm.clock),
             leave: None,
             vm,
             vmx,
@@ -175,14 +191,17 @@ impl Vcpu {
             bitmaps,
         };
         vcpu.write_controls()?;
+        vcpu.write_apic_addresses().ok_or(SetupError::OutOfMemory)?;
         vcpu.forget_translations()?;
+        vcpu.follow_apic_mode();
+        vcpu.prepare_for_bochs()?;
         vcpu.write_guest_state(entry);
         Ok((vcpu, stack))
     }
 
     /// Drops what this CPU may have cached under the VPID and the EPT pointer when
     /// they were another guest's, or another hypervisor's (SDM 3, 29.4.3.3 and 29.4.3.4).
-    fn forget_translations(&self) -> Result<(), SetupError> {
+    pub(super) fn forget_translations(&self) -> Result<(), SetupError> {
         let pointer = self.vm.ept_pointer().map_err(SetupError::Ept)?;
         let invalidator = Invalidator::new(self.vmx.capabilities.ept_vpid);
         // SAFETY: a vCPU exists only in VMX root operation.

@@ -7,7 +7,7 @@
 //! set at each exit, and one without it has the host's local APIC interrupt.
 
 use super::Vcpu;
-use crate::devices::Ticks;
+use crate::devices::{Clock, Ticks};
 use crate::host::time;
 use crate::vmx::vmcs::guest;
 
@@ -30,6 +30,8 @@ pub(super) struct EntryTimer {
     light_exits: u32,
     /// What that was after the last look around; 0 where the timer must be set again.
     budget: u32,
+    /// The guest exits after as many ticks at the latest.
+    slice: u64,
 }
 
 pub(super) const NEVER: Ticks = Ticks(u64::MAX);
@@ -41,11 +43,20 @@ impl EntryTimer {
         deadline < self.deadline
     }
 
-    pub(super) const UNSET: Self = Self {
-        deadline: NEVER,
-        light_exits: 0,
-        budget: 0,
-    };
+    /// Not set yet.
+    pub(super) const fn new(clock: Clock) -> Self {
+        Self {
+            deadline: NEVER,
+            light_exits: 0,
+            budget: 0,
+            slice: clock.hz() / SLICES_A_SECOND,
+        }
+    }
+
+    /// Makes the guest exit after `slice` ticks at the latest.
+    pub(super) const fn set_slice(&mut self, slice: u64) {
+        self.slice = slice;
+    }
 
     /// Makes this exit the last light one before a look around.
     #[inline(always)]
@@ -102,7 +113,7 @@ impl Vcpu {
             };
             self.timer.light_exits = budget;
             self.timer.budget = budget;
-            let ticks = ticks.min(self.clock.hz() / SLICES_A_SECOND);
+            let ticks = ticks.min(self.timer.slice);
             // Rounded up: an exit before the deadline would only come back.
             let shift = self.vmx.capabilities.preemption_timer_shift();
             let count = (ticks >> shift).saturating_add(1);

@@ -1,13 +1,15 @@
 //! A guest as a whole: what all its vCPUs share.
 
 use super::memory::GuestMemory;
-use crate::addr::Gpa;
+use crate::addr::{Gpa, Hva, PAGE_SIZE};
 use crate::devices::chipset::{Chipset, ChipsetConfig};
 use crate::devices::{Clock, Ticks};
+use crate::host::memory::paging;
 use crate::vmx::capability::Capabilities;
 use crate::vmx::ept::{Ept, EptError, EptPointer, PageSize, Permissions};
 use crate::vmx::ept_frames::HostFrames;
 use crate::vmx::memory_type::{MemoryType, Mtrrs};
+use alloc::boxed::Box;
 use alloc::string::String;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use spin::Mutex;
@@ -29,6 +31,7 @@ pub struct Vm {
     /// The host's time-stamp counter when the VM was switched on: its tick 0.
     pub started: u64,
     ept: Mutex<Ept<HostFrames>>,
+    apic_access: Box<ApicAccessPage>,
     mtrrs: Mtrrs,
 }
 
@@ -66,6 +69,13 @@ impl Signals {
     pub fn deadline(&self) -> Ticks {
         Ticks(self.deadline.load(Ordering::Relaxed))
     }
+}
+
+/// What is mapped where the guest has its local APIC's registers. The CPU tells accesses
+/// by its address, and leaves it alone.
+#[repr(align(4096))]
+struct ApicAccessPage {
+    _unread: [u8; 4096],
 }
 
 /// What a guest's memory depends on in the host.
@@ -114,6 +124,7 @@ impl Vm {
                 host.capabilities.ept_vpid,
                 host.address_width,
             )?),
+            apic_access: Box::new(ApicAccessPage { _unread: [0; 4096] }),
             mtrrs: host.mtrrs,
         })
     }
@@ -124,6 +135,52 @@ impl Vm {
     /// When the CPU's capabilities allow none.
     pub fn ept_pointer(&self) -> Result<EptPointer, EptError> {
         self.ept.lock().pointer()
+    }
+
+    /// The APIC-access page: its contents never matter.
+    pub fn apic_access_page(&self) -> Hva {
+        Hva((&raw const *self.apic_access) as u64)
+    }
+
+    /// Maps the APIC-access page at `gpa`, a multiple of 4096; false where that is not
+    /// possible: there is memory, or the address is beyond what the EPT reaches.
+    pub fn map_apic_access(&self, gpa: Gpa) -> bool {
+        let Some(page) = paging::to_phys(self.apic_access_page()) else {
+            return false;
+        };
+        let all = Permissions::all();
+        self.memory.slots().find(gpa).is_none()
+            && self
+                .ept
+                .lock()
+                .map(gpa, page, PageSize::Size4K, all, MemoryType::WriteBack)
+                .is_ok()
+    }
+
+    /// Takes it away. The caller drops what CPUs have cached.
+    pub fn unmap_apic_access(&self, gpa: Gpa) {
+        let unmapped = self.ept.lock().unmap(gpa, PAGE_SIZE);
+        debug_assert!(unmapped.is_ok());
+    }
+
+    /// Maps all memory, for reading and execution.
+    ///
+    /// # Errors
+    /// When no frame is left for a table.
+    pub fn map_all(&self) -> Result<(), EptError> {
+        for slot in self.memory.slots().iter() {
+            let mut at = slot.start;
+            while at.0 - slot.start.0 < slot.len {
+                match self.map_page(at, false) {
+                    Ok(()) | Err(Unmapped::NoSlot) => {}
+                    Err(Unmapped::Ept(error)) => return Err(error),
+                }
+                let page = self.ept.lock().translate(at);
+                let size = page.map_or(PAGE_SIZE, |page| page.size.bytes());
+                at = Gpa(at.align_down(size).0 + size);
+            }
+        }
+        Ok(())
     }
 
     /// Maps the page of `gpa`, as large as its slot, the alignment and the

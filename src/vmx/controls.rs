@@ -82,7 +82,8 @@ impl Controls {
             ],
         )?;
         // CR3 loads and stores, INVLPG, RDTSC and MOV DR are the guest's own; their default-1
-        // bits become 0 where the TRUE MSR allows it. CR8 exits, since the TPR is not shadowed.
+        // bits become 0 where the TRUE MSR allows it. CR8 exits until the TPR is shadowed
+        // (`ApicTier::controls`).
         let primary = word(
             capabilities.primary,
             (Primary::HLT_EXITING
@@ -212,13 +213,13 @@ impl Controls {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::vmx::capability::Allowed;
     use crate::vmx::ept::EptVpidCapabilities;
 
     /// The emulated PC's, as measured.
-    fn emulator() -> Capabilities {
+    pub fn emulator() -> Capabilities {
         Capabilities {
             basic: 0x00d8_1000_0000_0004,
             pin: Allowed(0x0000_007f_0000_0016),

@@ -2,6 +2,7 @@
 //!
 //! [`Exit::decode`] reads, of what the VMCS says about an exit, only what its reason has. The enum is exhaustive: who handles exits handles all of them.
 
+use super::apic::ApicPageAccess;
 use super::vmcs::{Vmcs, information};
 use crate::addr::{Gpa, Gva};
 
@@ -40,6 +41,12 @@ pub enum Exit {
     Pause,
     /// A CR8 write lowered the virtual TPR below the threshold.
     TprBelowThreshold,
+    /// The APIC's page was accessed in a way that the CPU does not virtualize.
+    ApicPage(ApicPageAccess),
+    /// The CPU has ended the interrupt with this vector, which the EOI-exit bitmap names.
+    VirtualizedEoi(u8),
+    /// The register at this offset of the APIC's page has been written.
+    ApicWrite(u16),
     EptViolation(EptViolation),
     EptMisconfiguration(Gpa),
     PreemptionTimer,
@@ -241,6 +248,9 @@ impl Exit {
             39 => Self::Monitor,
             40 => Self::Pause,
             43 => Self::TprBelowThreshold,
+            44 => Self::ApicPage(ApicPageAccess::decode(qualification())),
+            45 => Self::VirtualizedEoi(qualification() as u8),
+            56 => Self::ApicWrite(qualification() as u16 & 0xfff),
             48 => Self::EptViolation(EptViolation::decode(vmcs)),
             49 => Self::EptMisconfiguration(Gpa(vmcs.read(information::GUEST_PHYSICAL_ADDRESS))),
             52 => Self::PreemptionTimer,

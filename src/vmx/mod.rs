@@ -4,8 +4,9 @@
 //! [`capability`] MSRs allow; a [`vmcs`] is built from typed fields; [`entry`]
 //! is the way into the guest and back; [`mod@exit`] decodes why it came back.
 //! [`ept`], [`vpid`], [`bitmap`] and [`memory_type`] are the tables that the
-//! hardware reads; [`live_state`] is what it never switches; [`check`] and [`error`] say what was wrong when it refuses.
+//! hardware reads, [`apic`] is what it does of a local APIC; [`live_state`] is what it never switches; [`check`] and [`error`] say what was wrong when it refuses.
 
+pub mod apic;
 pub mod bitmap;
 pub mod capability;
 pub mod check;

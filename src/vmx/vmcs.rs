@@ -76,6 +76,13 @@ fields! {
     /// Controls (B.1.1, B.2.1, B.3.1, B.4.1).
     pub control: control, ReadWrite {
         VPID: u16 = VPID;
+        VIRTUAL_APIC: u64 = VIRT_APIC_ADDR_FULL;
+        APIC_ACCESS: u64 = APIC_ACCESS_ADDR_FULL;
+        EOI_EXIT_0: u64 = EOI_EXIT0_FULL;
+        EOI_EXIT_1: u64 = EOI_EXIT1_FULL;
+        EOI_EXIT_2: u64 = EOI_EXIT2_FULL;
+        EOI_EXIT_3: u64 = EOI_EXIT3_FULL;
+        TPR_THRESHOLD: u32 = TPR_THRESHOLD;
         IO_BITMAP_A: u64 = IO_BITMAP_A_ADDR_FULL;
         IO_BITMAP_B: u64 = IO_BITMAP_B_ADDR_FULL;
         MSR_BITMAP: u64 = MSR_BITMAPS_ADDR_FULL;
@@ -115,6 +122,7 @@ fields! {
         GS_SELECTOR: u16 = GS_SELECTOR;
         LDTR_SELECTOR: u16 = LDTR_SELECTOR;
         TR_SELECTOR: u16 = TR_SELECTOR;
+        INTERRUPT_STATUS: u16 = INTERRUPT_STATUS;
         LINK_POINTER: u64 = LINK_PTR_FULL;
         DEBUGCTL: u64 = IA32_DEBUGCTL_FULL;
         PAT: u64 = IA32_PAT_FULL;

@@ -9,10 +9,8 @@ use xtask::{build, paths};
 const OLDEST: &str = "corei5_arrandale_m520";
 
 pub fn add(suite: &mut Suite) {
-    suite.add("guests::pc", |case| pc(case, &[]));
-    suite.add("guests::pc_on_the_oldest_cpu", |case| {
-        pc(case, &["--platform", "bochs", "--cpu", OLDEST])
-    });
+    suite.add("guests::pc", pc);
+    suite.add("guests::pc_on_the_oldest_cpu", pc_on_the_oldest_cpu);
     suite.add("guests::one_after_another", one_after_another);
     suite.add("guests::hang", |case| {
         stopped(
@@ -84,10 +82,43 @@ fn boot(case: &mut Case, name: &str, options: &[&str], seconds: u64) -> Result<O
 }
 
 /// Every check of the guest is a result of its own.
-fn pc(case: &mut Case, options: &[&str]) -> Result<()> {
-    let seen = boot(case, "pc", options, 240)?;
+fn pc(case: &mut Case) -> Result<()> {
+    let seen = boot(case, "pc", &[], 240)?;
     results(case, "", &seen.console);
     case.check_equal("it powers off", seen.ending, Ending::Status(0));
+    Ok(())
+}
+
+/// That CPU has no APICv: a guest that insists on it is refused, any other goes on.
+fn pc_on_the_oldest_cpu(case: &mut Case) -> Result<()> {
+    let config = format!(
+        "{}apic = \"apicv\"\n{}",
+        entry("choosy", "pc"),
+        entry("modest", "pc")
+    );
+    let kernel = paths::read(&build::guest("pc")?)?;
+    let seen = case
+        .machine()
+        .volume(&config, &[("pc", &kernel)])?
+        .options(["--platform", "bochs", "--cpu", OLDEST])
+        .limit(240)
+        .run()?;
+    results(case, "", &seen.console);
+    case.check(
+        "it has FlexPriority",
+        said(
+            &seen,
+            "vireo: vm modest: started, 64 MiB, APIC FlexPriority",
+        ),
+        &seen.console,
+    );
+    let refusal = "`apic` in vireo.toml asks for what this CPU's VT-x lacks, \
+        \"virtualize x2APIC mode\" (IA32_VMX_PROCBASED_CTLS2 bit 36); use apic = \"auto\"";
+    case.check(
+        "the sentence",
+        seen.ending.sentence().contains(refusal),
+        format!("{:?}", seen.ending),
+    );
     Ok(())
 }
 
@@ -115,11 +146,16 @@ fn results(case: &mut Case, prefix: &str, console: &str) {
 }
 
 /// Nothing of a guest is left for the next one, and one that is stopped takes
-/// nobody with it.
+/// nobody with it. The two that do not have what [`pc`] has by default: the other tiers
+/// of APIC virtualization.
 fn one_after_another(case: &mut Case) -> Result<()> {
-    let config = [("first", "pc"), ("bad", "triple"), ("last", "pc")]
-        .map(|(name, kernel)| entry(name, kernel))
-        .concat();
+    let config = [
+        ("first", "pc", "flexpriority"),
+        ("bad", "triple", "auto"),
+        ("last", "pc", "emulated"),
+    ]
+    .map(|(name, kernel, apic)| format!("{}apic = \"{apic}\"\n", entry(name, kernel)))
+    .concat();
     let (pc, triple) = (build::guest("pc")?, build::guest("triple")?);
     let files = [
         ("pc", &*paths::read(&pc)?),

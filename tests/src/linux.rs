@@ -1,4 +1,5 @@
-//! The default guest, Debian's kernel as packaged, used as its users do.
+//! The default guest, Debian's kernel as packaged, used as its users do, in each tier
+//! of APIC virtualization.
 
 use crate::harness::{Case, Ending, Input, Outcome, Suite};
 use anyhow::Result;
@@ -171,6 +172,7 @@ fn piped_input(case: &mut Case) -> Result<()> {
     let script = format!("uname\ncat <<'END'\n{lines}END\necho $((6 * 7))\n(exit 3)\n");
     let seen = case
         .machine()
+        .options(["--apic", "emulated"])
         .input(Input::Bytes(script.into_bytes()))
         .run()?;
     case.check_equal(
@@ -211,7 +213,11 @@ fn terminal(case: &mut Case) -> Result<()> {
 
 fn power_off_from_the_shell(case: &mut Case) -> Result<()> {
     let typed = vec![("powers it off", "exit\r")];
-    let seen = case.machine().input(Input::Typed(typed)).run()?;
+    let seen = case
+        .machine()
+        .options(["--apic", "flexpriority"])
+        .input(Input::Typed(typed))
+        .run()?;
     case.check_equal("the end is no failure", seen.ending, Ending::Status(0));
     case.check(
         "the hypervisor says so",

@@ -105,6 +105,10 @@ pub struct LocalApic {
     in_service: Vectors<{ register::ISR }>,
     /// Class (bits 7..4) of the highest vector in service, 0 without one.
     service_class: u32,
+    /// The CPU moves what is requested into service and out of it, while the guest runs.
+    by_cpu: bool,
+    /// A bit of the TMR has changed.
+    new_trigger: bool,
     /// Errors since the last write to the ESR.
     errors: u32,
     /// Levels of the LINT pins.
@@ -129,6 +133,8 @@ impl LocalApic {
             requested: Vectors::default(),
             in_service: Vectors::default(),
             service_class: 0,
+            by_cpu: false,
+            new_trigger: false,
             errors: 0,
             lint: [false; 2],
         };
@@ -147,6 +153,65 @@ impl LocalApic {
         self.reset();
         if self.is_bootstrap() {
             self.enter_virtual_wire_mode();
+        }
+    }
+
+    /// The same, whose interrupts the CPU delivers (virtual-interrupt delivery, SDM 3, 30.2)
+    /// or does not. Where it does, `requested` is only what it has not been told, and
+    /// what is in service is known after [`LocalApic::refresh`].
+    pub fn delivered_by_cpu(mut self, by_cpu: bool) -> Self {
+        self.by_cpu = by_cpu;
+        self
+    }
+
+    /// What was requested since the last call, by its highest vector: for the CPU, which
+    /// is to know the highest of all.
+    #[inline]
+    pub fn take_requests(&mut self) -> Option<u8> {
+        let vector = self.requested.highest(&self.page)?;
+        self.requested.forget();
+        Some(vector)
+    }
+
+    /// The guest interrupt status (SDM 3, 25.4.2) of what the page says: the highest
+    /// requested vector, and the highest in service in the upper half. Right after
+    /// [`LocalApic::refresh`].
+    pub fn interrupt_status(&self) -> u16 {
+        let highest = |base| {
+            (0..=u8::MAX)
+                .rev()
+                .find(|&vector| self.page.has_vector(base, vector))
+        };
+        let requested = highest(register::IRR).unwrap_or(0);
+        let in_service = highest(register::ISR).unwrap_or(0);
+        u16::from_le_bytes([requested, in_service])
+    }
+
+    /// Whether [`LocalApic::take_level_vectors`] would say something new.
+    #[inline]
+    pub const fn has_new_trigger(&self) -> bool {
+        self.new_trigger
+    }
+
+    /// The vectors that are level triggered: those whose end concerns the I/O APIC.
+    pub fn take_level_vectors(&mut self) -> [u64; 4] {
+        self.new_trigger = false;
+        let word = |index: u16| u64::from(self.page.get(register::TMR + page::STRIDE * index));
+        [0, 2, 4, 6].map(|index| word(index) | word(index + 1) << 32)
+    }
+
+    /// The class of the highest requested vector, if nothing but the TPR holds it back; else 0.
+    #[inline]
+    pub fn threshold(&self) -> u8 {
+        let Some(vector) = self.requested.highest(&self.page) else {
+            return 0;
+        };
+        let class = u32::from(vector) & 0xf0;
+        let tpr_class = self.page.get(register::TPR) & 0xf0;
+        if class > self.service_class && class <= tpr_class && self.is_enabled() {
+            vector >> 4
+        } else {
+            0
         }
     }
 
@@ -249,11 +314,21 @@ impl LocalApic {
             self.record_error(registers::RECEIVED_ILLEGAL_VECTOR);
             return;
         }
-        match trigger {
-            Trigger::Edge => self.page.clear_vector(register::TMR, vector),
-            Trigger::Level => self.page.set_vector(register::TMR, vector),
+        let level = trigger == Trigger::Level;
+        if level != self.page.has_vector(register::TMR, vector) {
+            self.change_trigger(vector, level);
         }
         self.requested.insert(&mut self.page, vector);
+    }
+
+    #[inline(never)]
+    fn change_trigger(&mut self, vector: u8, level: bool) {
+        if level {
+            self.page.set_vector(register::TMR, vector);
+        } else {
+            self.page.clear_vector(register::TMR, vector);
+        }
+        self.new_trigger = true;
     }
 
     /// The vector that the CPU would take now: the highest that is requested, if
@@ -290,8 +365,14 @@ impl LocalApic {
         let vector = self.in_service.highest(&self.page)?;
         self.in_service.remove(&mut self.page, vector);
         self.set_service_class();
-        let level = self.page.has_vector(register::TMR, vector);
-        (level && self.end_level_interrupt(vector)).then_some(vector)
+        self.end_level(vector).then_some(vector)
+    }
+
+    /// The rest of the end of an interrupt that is not in service any more; whether the I/O
+    /// APIC is to be told.
+    #[inline]
+    pub fn end_level(&mut self, vector: u8) -> bool {
+        self.page.has_vector(register::TMR, vector) && self.end_level_interrupt(vector)
     }
 
     /// Whether anything is requested, delivered soon or held back.
@@ -318,7 +399,7 @@ impl LocalApic {
         self.service_class = u32::from(vector) & 0xf0;
     }
 
-    /// The processor priority (SDM 3, 12.8.3.1; where that leaves a choice, as 31.1.3).
+    /// The processor priority (SDM 3, 12.8.3.1; where that leaves a choice, as 30.1.3).
     fn processor_priority(&self) -> u32 {
         let tpr = self.page.get(register::TPR) & 0xff;
         if tpr & 0xf0 >= self.service_class {

@@ -1,7 +1,7 @@
 //! The registers in one page, at their architectural offsets.
 //!
 //! VT-x can virtualize this very page: its TPR, and with APIC-register
-//! virtualization and virtual-interrupt delivery all of it (SDM 3, 31.1.1). So
+//! virtualization and virtual-interrupt delivery all of it (SDM 3, 30.1.1). So
 //! this is not a copy of the state: it is the state.
 
 /// Offsets of the registers in the page, in bytes (SDM 3, table 12-1). An x2APIC
@@ -118,6 +118,12 @@ impl<const BASE: u16> Vectors<BASE> {
         if page.get(word_of(BASE, vector)) == 0 {
             self.words &= !(1 << (vector >> 5));
         }
+    }
+
+    /// Counts on nothing being there any more, whatever the page says.
+    #[inline]
+    pub const fn forget(&mut self) {
+        self.words = 0;
     }
 
     /// Whether it holds none.

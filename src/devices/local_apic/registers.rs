@@ -48,6 +48,7 @@ impl LocalApic {
         self.requested = Vectors::default();
         self.in_service = Vectors::default();
         self.service_class = 0;
+        self.new_trigger = true;
         self.timer.reset();
         self.errors = 0;
         let suppress = if self.config.eoi_broadcast_suppression {
@@ -121,7 +122,10 @@ impl LocalApic {
         }
         let value = value as u32;
         match offset {
-            register::EOI => return self.eoi().map(Action::BroadcastEoi),
+            register::EOI => {
+                self.follow_cpu();
+                return self.eoi().map(Action::BroadcastEoi);
+            }
             register::ICR => {
                 let low = value & icr::WRITABLE;
                 self.page.set(register::ICR, low);
@@ -136,6 +140,31 @@ impl LocalApic {
             _ => self.record_error(ILLEGAL_REGISTER),
         }
         None
+    }
+
+    /// The CPU has put a register, at `offset`, into the page, as the guest wrote it there in
+    /// xAPIC mode, or by SELF_IPI in x2APIC mode: does what else the write does.
+    pub fn written(&mut self, now: Ticks, offset: u16) -> Option<Action> {
+        let value = self.page.get(offset);
+        match offset {
+            register::SELF_IPI => {
+                self.send_to_itself(value as u8);
+                None
+            }
+            // Read-only.
+            register::ID => {
+                self.page.set(register::ID, self.id << 24);
+                None
+            }
+            _ => self.mmio_write(now, offset.into(), Width::Dword, value.into()),
+        }
+    }
+
+    /// Learns what the CPU has done to the page.
+    fn follow_cpu(&mut self) {
+        if self.by_cpu {
+            self.refresh();
+        }
     }
 
     /// RDMSR of 0x800 to 0x8ff.
@@ -247,8 +276,14 @@ impl LocalApic {
                 self.advance(now);
                 Some(self.timer.current_count(now))
             }
-            register::APR => Some(self.arbitration_priority().into()),
-            register::PPR => Some(self.processor_priority()),
+            register::APR => {
+                self.follow_cpu();
+                Some(self.arbitration_priority().into())
+            }
+            register::PPR => {
+                self.follow_cpu();
+                Some(self.processor_priority())
+            }
             register::ID
             | register::VERSION
             | register::TPR

@@ -1,6 +1,7 @@
 use super::*;
 use crate::devices::Width;
 
+mod by_cpu;
 mod delivery;
 mod properties;
 mod register_access;
