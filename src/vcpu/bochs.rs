@@ -1,37 +1,61 @@
-//! What Bochs 2.7 does wrong when it delivers virtual interrupts, and how guests of
-//! the tier APICv are kept from it there.
+//! What Bochs 2.7 does wrong with interrupts, and how guests are kept from it there.
 //!
+//! - A host interrupt does not end a guest that was entered with interrupts off and
+//!   leaves them off. So it is taken whenever the entry timer is set, which is many
+//!   times a second at the least.
 //! - While a host interrupt is pending it delivers the guest's virtual interrupt even
-//!   when the guest's IF is 0. So none is pending while the guest runs: the host's
-//!   task priority holds them all back, and many times a second the
-//!   preemption timer lets them in.
-//! - An EPT violation in the delivery is not reported as one that interrupted it, and
-//!   the interrupt is lost. So all memory is mapped before the guest starts.
+//!   when the guest's IF is 0. So none is pending while a guest of the tier APICv runs:
+//!   the host's task priority holds them all back but then.
+//! - An EPT violation in the delivery of a virtual interrupt is not reported as one that
+//!   interrupted it, and the interrupt is lost. So all memory of such a guest is mapped
+//!   before it starts.
 //!
-//! It is told by the rate of its preemption timer, that of the time-stamp counter:
-//! IA32_VMX_MISC gives 5 or more on silicon.
+//! Bochs is told by the rate of its preemption timer, that of the time-stamp counter:
+//! IA32_VMX_MISC gives 5 or more on silicon. A CPU without that timer is taken for it.
 
-use super::{SetupError, Vcpu};
+use super::{Attention, SetupError, Vcpu};
 use crate::arch::cpu;
+use crate::devices::Ticks;
+use crate::host::console;
 
-/// How often host interrupts are let in then: the UART's FIFO holds its characters of
-/// more than a millisecond.
-const SLICES_A_SECOND: u64 = 1000;
+/// How often a guest exits at the least, for the host interrupts that it may have missed.
+const SLICES_A_SECOND: u64 = 20;
+/// The same where it misses all of them: the UART's FIFO holds its characters of more
+/// than a millisecond.
+const HELD_SLICES_A_SECOND: u64 = 1000;
 
 /// The highest task priority: no interrupt is above it.
 const NONE: u8 = 15;
 const ALL: u8 = 0;
 
 impl Vcpu {
-    /// Keeps the guest from the two, where it has to be.
+    /// Keeps the guest from all that, where it has to be.
     pub(super) fn prepare_for_bochs(&mut self) -> Result<(), SetupError> {
-        self.holds_interrupts =
-            self.tier.delivers() && self.vmx.capabilities.preemption_timer_shift() == 0;
-        if !self.holds_interrupts {
+        let controls = self.vmx.controls;
+        self.misses_interrupts =
+            !controls.has_preemption_timer() || self.vmx.capabilities.preemption_timer_shift() == 0;
+        if !self.misses_interrupts {
             return Ok(());
         }
-        self.timer.set_slice(self.clock.hz() / SLICES_A_SECOND);
-        self.vm.map_all().map_err(SetupError::Ept)
+        self.holds_interrupts = self.tier.delivers();
+        let slices = if self.holds_interrupts {
+            HELD_SLICES_A_SECOND
+        } else {
+            SLICES_A_SECOND
+        };
+        self.timer.set_slice(Ticks(self.clock.hz() / slices));
+        if self.holds_interrupts {
+            self.vm.map_all().map_err(SetupError::Ept)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the host interrupts that the guest did not exit for.
+    pub(super) fn take_missed_interrupts(&mut self) {
+        self.admit_interrupts(cpu::interrupt_window);
+        if console::has_moved() {
+            self.attend_to(Attention::CONSOLE);
+        }
     }
 
     /// From here on no host interrupt is taken but in [`Vcpu::admit_interrupts`].

@@ -5,7 +5,6 @@ use super::events::Exception;
 use super::run::End;
 use super::{Attention, Leave, Vcpu, light};
 use crate::addr::Gva;
-use crate::arch::cpu;
 use crate::arch::registers::{GeneralRegisters, LightRegisters};
 use crate::host::{console, interrupts};
 use crate::vmx::entry::{Guest, LightTable, Next};
@@ -122,24 +121,15 @@ impl Vcpu {
     #[inline]
     pub(super) fn external_interrupt(&mut self, vector: u8) {
         interrupts::dispatch(vector);
-        self.look_at_host();
-    }
-
-    #[inline]
-    pub(super) fn preemption_timer(&mut self) {
-        // Bochs 2.7 keeps a host interrupt back as long as a guest that was entered
-        // with interrupts off leaves them off. It is taken here.
-        self.admit_interrupts(cpu::interrupt_window);
-        self.look_at_host();
-    }
-
-    /// After host interrupts: a deadline, the console, or nothing.
-    #[inline]
-    fn look_at_host(&mut self) {
         self.attend_to(Attention::DEVICES);
         if console::has_moved() {
             self.attend_to(Attention::CONSOLE);
         }
+    }
+
+    #[inline]
+    pub(super) fn preemption_timer(&mut self) {
+        self.attend_to(Attention::DEVICES);
     }
 
     fn exception_or_nmi(&mut self, info: InterruptionInfo) {

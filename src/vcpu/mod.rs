@@ -62,7 +62,8 @@ pub struct Vcpu {
     threshold: u8,
     /// Where the APIC-access page is mapped.
     apic_page: Option<Gpa>,
-    /// See [`bochs`].
+    /// What the emulator needs ([`bochs`]).
+    misses_interrupts: bool,
     holds_interrupts: bool,
     pending: Pending,
     /// The last fault that the hypervisor raised.

@@ -168,8 +168,10 @@ impl Vcpu {
             self.advance(now);
             self.set_timer(now);
         }
-        // What devices have delivered is injected now too.
-        let delivered = mem::replace(&mut self.attention, Attention::empty());
+        // What devices have delivered is injected now too; what has come from the console
+        // meanwhile is for the next exit.
+        let delivered = self.attention - Attention::CONSOLE;
+        self.attention -= delivered;
         if !(attention | delivered).is_empty() {
             self.inject();
         }

@@ -7,7 +7,7 @@
 //! set at each exit, and one without it has the host's local APIC interrupt.
 
 use super::Vcpu;
-use crate::devices::{Clock, Ticks};
+use crate::devices::Ticks;
 use crate::host::time;
 use crate::vmx::vmcs::guest;
 
@@ -16,10 +16,6 @@ use crate::vmx::vmcs::guest;
 /// microseconds at most. An exit that is followed by a look around counts for half of
 /// those that were left.
 const LIGHT_EXITS: u32 = 16;
-
-/// How often a guest that does not exit is interrupted, for host interrupts that the
-/// emulator keeps back (see the preemption timer's exit).
-const SLICES_A_SECOND: u64 = 20;
 
 /// The timer as it was last set.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +27,7 @@ pub(super) struct EntryTimer {
     /// What that was after the last look around; 0 where the timer must be set again.
     budget: u32,
     /// The guest exits after as many ticks at the latest.
-    slice: u64,
+    slice: Ticks,
 }
 
 pub(super) const NEVER: Ticks = Ticks(u64::MAX);
@@ -44,17 +40,17 @@ impl EntryTimer {
     }
 
     /// Not set yet.
-    pub(super) const fn new(clock: Clock) -> Self {
+    pub(super) const fn new() -> Self {
         Self {
             deadline: NEVER,
             light_exits: 0,
             budget: 0,
-            slice: clock.hz() / SLICES_A_SECOND,
+            slice: NEVER,
         }
     }
 
     /// Makes the guest exit after `slice` ticks at the latest.
-    pub(super) const fn set_slice(&mut self, slice: u64) {
+    pub(super) const fn set_slice(&mut self, slice: Ticks) {
         self.slice = slice;
     }
 
@@ -105,15 +101,12 @@ impl Vcpu {
         let controls = self.vmx.controls;
         let deadline = self.timer.deadline;
         let ticks = deadline.0.saturating_sub(now.0);
+        let mut budget = LIGHT_EXITS;
         if controls.has_preemption_timer() {
-            let budget = if controls.saves_preemption_timer() {
-                LIGHT_EXITS
-            } else {
-                0
-            };
-            self.timer.light_exits = budget;
-            self.timer.budget = budget;
-            let ticks = ticks.min(self.timer.slice);
+            if !controls.saves_preemption_timer() {
+                budget = 0;
+            }
+            let ticks = ticks.min(self.timer.slice.0);
             // Rounded up: an exit before the deadline would only come back.
             let shift = self.vmx.capabilities.preemption_timer_shift();
             let count = (ticks >> shift).saturating_add(1);
@@ -121,13 +114,14 @@ impl Vcpu {
                 guest::PREEMPTION_TIMER,
                 u32::try_from(count).unwrap_or(u32::MAX),
             );
-        } else {
-            // The host's timer goes on meanwhile.
-            self.timer.light_exits = u32::MAX;
-            self.timer.budget = u32::MAX;
-            if deadline != NEVER {
-                time::arm(ticks);
-            }
+        } else if deadline != NEVER {
+            // This one goes on meanwhile.
+            time::arm(ticks);
+        }
+        self.timer.light_exits = budget;
+        self.timer.budget = budget;
+        if self.misses_interrupts {
+            self.take_missed_interrupts();
         }
     }
 }

@@ -113,7 +113,7 @@ fn pc_on_the_oldest_cpu(case: &mut Case) -> Result<()> {
         &seen.console,
     );
     let refusal = "`apic` in vireo.toml asks for what this CPU's VT-x lacks, \
-        \"virtualize x2APIC mode\" (IA32_VMX_PROCBASED_CTLS2 bit 36); use apic = \"auto\"";
+        \"APIC-register virtualization\" (IA32_VMX_PROCBASED_CTLS2 bit 40); use apic = \"auto\"";
     case.check(
         "the sentence",
         seen.ending.sentence().contains(refusal),
