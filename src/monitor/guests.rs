@@ -14,14 +14,16 @@ use crate::vm::machine::{Host, Vm};
 use crate::vm::memory::{GuestMemory, OutOfSlot};
 use crate::vm::memory_map::MemoryMap;
 use crate::vm::slots::SlotKind;
+use crate::vmx::entry::Statistics;
 use crate::vmx::ept::EptError;
 use crate::vmx::memory_type::Mtrrs;
 use crate::vmx::operation::Vmx;
 use crate::vmx::vpid::{Vpid, VpidAllocator};
+use alloc::string::ToString;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
-use log::{error, info};
+use log::{error, info, warn};
 use vireo_handoff::layout::DIRECT_MAP;
 use vireo_handoff::{BootInfo, config};
 
@@ -191,6 +193,15 @@ impl<'a> Loaded<'a> {
         let vpid = vpids.allocate().unwrap_or(Vpid::HOST);
         let result = Vcpu::new(Arc::new(vm), 0, vmx, vpid, &entry)
             .map(|(mut vcpu, mut stack)| {
+                let statistics = stack.statistics();
+                if config.statistics == config::Statistics::Times
+                    && statistics.record_times(true).is_err()
+                {
+                    warn!(
+                        "vm {}: no memory is left for the times of its exits",
+                        config.name
+                    );
+                }
                 ready();
                 let (memory, tier) = (config.memory >> 20, vcpu.apic_tier());
                 info!("vm {}: started, {memory} MiB, APIC {tier}", config.name);
@@ -199,12 +210,25 @@ impl<'a> Loaded<'a> {
                 crate::vmx::count::reset();
                 let end = vcpu.run(&mut stack, &entry);
                 super::log::quiet(false);
-                info!("vm {}: {}", config.name, Exits(stack.counts()));
+                tell_exits(&config.name, &statistics);
                 end
             })
             .map_err(StartError::Setup);
         vpids.free(vpid);
         result
+    }
+}
+
+/// Says how often a guest has exited, and what that took where it was recorded.
+fn tell_exits(vm: &str, statistics: &Statistics<Vcpu>) {
+    let exits = Exits::new(&statistics.counts(), statistics.times());
+    info!("vm {vm}: {}", exits.line());
+    if exits.timed() {
+        let (ticks, hz) = (exits.ticks(), time::tsc_hz());
+        info!("vm {vm}: {ticks} ticks in root mode, of {hz} a second");
+        for line in exits.table().to_string().lines() {
+            info!("{line}");
+        }
     }
 }
 

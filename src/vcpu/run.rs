@@ -119,7 +119,7 @@ impl fmt::Display for End {
 
 impl Vcpu {
     /// Runs the guest to its end, and shows what its console still holds.
-    pub fn run(&mut self, entry: &mut Entry, start: &EntryState) -> End {
+    pub fn run(&mut self, entry: &mut Entry<Self>, start: &EntryState) -> End {
         self.hold_interrupts(true);
         let end = self.run_to_end(entry, start);
         self.hold_interrupts(false);
@@ -127,7 +127,7 @@ impl Vcpu {
         end
     }
 
-    fn run_to_end(&mut self, entry: &mut Entry, start: &EntryState) -> End {
+    fn run_to_end(&mut self, entry: &mut Entry<Self>, start: &EntryState) -> End {
         *entry.registers() = super::state::entry_registers(start);
         live_state::reset(self.cpuid.xcr0_supported());
         loop {

@@ -104,7 +104,7 @@ impl Vcpu {
         vmx: Vmx,
         vpid: Vpid,
         entry: &EntryState,
-    ) -> Result<(Self, Entry), SetupError> {
+    ) -> Result<(Self, Entry<Self>), SetupError> {
         let tier = virtual_apic::tier(vm.apic, ApicTier::best(&vmx.capabilities));
         if let Some(missing) = tier.missing(&vmx.capabilities) {
             return Err(SetupError::Apic(missing));

@@ -6,7 +6,7 @@
 //! handlers' stack is what lies below.
 //!
 //! ```text
-//!   higher   counts, handlers, run_rsp, context   rest of the frame
+//!   higher   counts, times, handlers, context     rest of the frame
 //!            r15 ... rax <- host RSP              register block
 //!   lower    the handlers' stack
 //! ```
@@ -18,15 +18,39 @@
 //! other five are stored too and the *heavy* handler is called, which sees all
 //! of them and may leave the run. Nothing else is saved on either way, because
 //! the hypervisor touches nothing else.
+//!
+//! # How long exits take
+//!
+//! Where somebody wants to know ([`Statistics::record_times`]), the frame names
+//! another table, all of whose entries are [`timed`]: it calls the light handler between
+//! two RDTSCs. Where that was not enough, it has the heavy handler replaced for once,
+//! so that the exit ends where that returns. Switched off, the path is the same to the
+//! instruction. A time reaches
+//!
+//! - from behind the stub's work before the handler: its stores, VMREAD, count and call,
+//!   some twenty instructions;
+//! - to before its loads and VMRESUME, again a dozen or two; or, where the run is left,
+//!   to there. So what a halted guest waits is no exit's time, nor is what the run loop
+//!   does between leaving and the next entry.
+//!
+//! What the CPU takes for the transitions is outside too. RDTSC is not serialized: on silicon a
+//! time is right to some tens of ticks.
 
 use super::exit_reason::REASONS;
+use super::exit_times::ExitTimes;
 use super::vmcs::{Vmcs, host, information};
+use crate::arch::cpu::rdtsc;
 use crate::arch::registers::{GeneralRegisters, LightRegisters};
 use crate::host::memory::paging::MapError;
 use crate::host::memory::stack::Stack;
+use alloc::collections::TryReserveError;
+use alloc::sync::Arc;
 use core::arch::naked_asm;
+use core::marker::PhantomData;
 use core::mem::offset_of;
 use core::ptr;
+use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use spin::Once;
 
 /// Pages of a vCPU's stack, the frame at its top included.
 const STACK_PAGES: u64 = 8;
@@ -63,61 +87,202 @@ impl Verdict {
     pub const HEAVY: Self = Self(u32::MAX);
 }
 
-/// A vCPU's stack with the frame at its top.
-pub struct Entry {
-    stack: Stack,
+/// A vCPU's stack with the frame at its top, from which guests of type `G` are run.
+pub struct Entry<G> {
+    shared: Arc<Shared>,
+    guest: PhantomData<fn(&mut G)>,
 }
 
-impl Entry {
+/// What [`Entry`] and [`Statistics`] share.
+struct Shared {
+    stack: Stack,
+    /// Since they were first wanted.
+    times: Once<ExitTimes>,
+}
+
+impl Shared {
+    fn frame(&self) -> *mut Frame {
+        (self.stack.top().0 - size_of::<Frame>() as u64) as *mut Frame
+    }
+}
+
+impl<G: Guest> Entry<G> {
     /// A stack, and the host stack and instruction pointer of `vmcs` for it.
     ///
     /// # Errors
     /// When memory runs out.
     pub fn new(vmcs: &mut Vmcs) -> Result<Self, MapError> {
-        let entry = Self {
+        let shared = Shared {
             stack: Stack::new(STACK_PAGES)?,
+            times: Once::new(),
         };
-        vmcs.write(host::RSP, entry.frame() as u64);
+        let frame = shared.frame();
+        // SAFETY: the frame lies in the stack that was just made, zeroed, and nobody else
+        // knows of it.
+        unsafe {
+            ptr::addr_of_mut!((*frame).handler).write(answer::<G>);
+            ptr::addr_of_mut!((*frame).light).write(AtomicPtr::new(pointer(G::LIGHT)));
+        }
+        vmcs.write(host::RSP, frame as u64);
         vmcs.write(host::RIP, exit_stub as *const () as u64);
-        Ok(entry)
-    }
-
-    fn frame(&self) -> *mut Frame {
-        (self.stack.top().0 - size_of::<Frame>() as u64) as *mut Frame
+        Ok(Self {
+            shared: Arc::new(shared),
+            guest: PhantomData,
+        })
     }
 
     /// The guest's registers, while it does not run.
     pub fn registers(&mut self) -> &mut GeneralRegisters {
-        // SAFETY: the frame lies in the stack that `self` owns, zeroed when it was made.
-        unsafe { &mut (*self.frame()).registers }
+        // SAFETY: the frame lies in the stack that `self` keeps; this field is only `self`'s.
+        unsafe { &mut (*self.shared.frame()).registers }
     }
 
-    /// Exits so far, by basic reason.
-    pub fn counts(&self) -> &[u64] {
-        // SAFETY: as in `registers`, borrowed shared.
-        unsafe { &(*self.frame()).counts }
+    /// Its statistics, which outlive it.
+    pub fn statistics(&self) -> Statistics<G> {
+        Statistics {
+            shared: Arc::clone(&self.shared),
+            guest: PhantomData,
+        }
     }
 
     /// Runs the guest whose VMCS is current, until `guest` asks to leave.
-    pub fn run<G: Guest>(&mut self, guest: &mut G) -> Left {
-        let frame = self.frame();
+    pub fn run(&mut self, guest: &mut G) -> Left {
+        let frame = self.shared.frame();
         // SAFETY: the frame is ours (`registers`). The host part of the VMCS was written by
         // `new` and `host_state`, which nothing outside `vmx` can change; `guest` outlives the
         // call, and reaches the handler only while `enter` waits.
         unsafe {
-            ptr::addr_of_mut!((*frame).handler).write(answer::<G>);
-            ptr::addr_of_mut!((*frame).light).write(ptr::from_ref(G::LIGHT).cast());
             ptr::addr_of_mut!((*frame).context).write(ptr::from_mut(guest).cast());
             enter(frame)
         }
     }
 }
 
-extern "C" fn answer<G: Guest>(frame: &mut Frame, verdict: Verdict) -> Next {
-    // SAFETY: `Entry::run` stored a `G` that it borrows until the guest has left.
-    let guest = unsafe { &mut *frame.context.cast::<G>() };
+/// How often a vCPU has exited and why, and how long that took: for any CPU, also while
+/// the guest runs.
+pub struct Statistics<G> {
+    shared: Arc<Shared>,
+    guest: PhantomData<fn(&mut G)>,
+}
+
+impl<G: Guest> Statistics<G> {
+    /// Exits so far, by basic reason.
+    pub fn counts(&self) -> [u64; REASONS] {
+        // SAFETY: as in `Entry::registers`; atomics are shared, and the exit stub's INC is
+        // an aligned store of eight bytes.
+        let counts = unsafe { &(*self.shared.frame()).counts };
+        counts.each_ref().map(|count| count.load(Ordering::Relaxed))
+    }
+
+    /// What exits took while that was recorded; `None` if it never was.
+    pub fn times(&self) -> Option<&ExitTimes> {
+        self.shared.times.get()
+    }
+
+    /// Records from the next exit on how long exits take, or no longer.
+    ///
+    /// # Errors
+    /// When no memory is left for the record.
+    pub fn record_times(&self, on: bool) -> Result<(), TryReserveError> {
+        let table = if on {
+            let times = self.shared.times.try_call_once(ExitTimes::new)?;
+            // SAFETY: as in `Entry::registers`; an atomic is shared.
+            let known = unsafe { &(*self.shared.frame()).times };
+            known.store(ptr::from_ref(times).cast_mut(), Ordering::Relaxed);
+            Timed::<G>::TABLE
+        } else {
+            G::LIGHT
+        };
+        // SAFETY: as above.
+        let light = unsafe { &(*self.shared.frame()).light };
+        // Released: a CPU that finds the timed table finds `times` too, as x86 keeps loads in order.
+        light.store(pointer(table), Ordering::Release);
+        Ok(())
+    }
+}
+
+const fn pointer<G>(table: &'static LightTable<G>) -> *mut () {
+    ptr::from_ref(table).cast_mut().cast()
+}
+
+/// The light table of a guest whose exits are timed.
+struct Timed<G>(PhantomData<G>);
+
+impl<G: Guest> Timed<G> {
+    const TABLE: &'static LightTable<G> = &[timed::<G>; REASONS];
+}
+
+/// Stands for each light handler, and passes [`time`] what the stub still knows: the
+/// reason in EAX, and that the registers are the beginning of the frame.
+#[unsafe(naked)]
+extern "C" fn timed<G: Guest>(_: &mut G, _: &mut LightRegisters) -> Verdict {
+    naked_asm!("mov edx, eax", "jmp {time}", time = sym time::<G>)
+}
+
+/// Calls the light handler of `reason`. Where that answers, the exit has ended.
+///
+/// # Safety
+/// `frame` is the one of the vCPU that exited, whose guest is `guest`.
+unsafe extern "C" fn time<G: Guest>(guest: &mut G, frame: *mut Frame, reason: usize) -> Verdict {
+    let start = rdtsc();
+    // SAFETY: the registers are the handlers' while the guest does not run.
+    let registers = unsafe { (*frame).registers.light() };
+    let verdict = G::LIGHT[reason % REASONS](guest, registers);
+    // SAFETY: the caller's promise; nobody else uses these two fields.
+    unsafe {
+        if verdict == Verdict::RESUME {
+            record(frame, reason, start);
+        } else {
+            (*frame).unfinished = Unfinished { reason, start };
+            (*frame).handler = answer_timed::<G>;
+        }
+    }
+    verdict
+}
+
+/// Records that an exit has ended that [`time`] saw begin at `start`.
+///
+/// # Safety
+/// As for [`time`].
+#[inline(always)]
+unsafe fn record(frame: *const Frame, reason: usize, start: u64) {
+    // SAFETY: the caller's promise; `times` was set before the table that leads here, and
+    // `Shared` keeps it as long as the frame.
+    let times = unsafe { (*frame).times.load(Ordering::Relaxed).as_ref() };
+    if let Some(times) = times {
+        // 0 where somebody has set the counter back.
+        times.record(reason, rdtsc().saturating_sub(start));
+    }
+}
+
+/// [`answer`] for an exit that [`time`] has begun, whatever the table is by now.
+///
+/// # Safety
+/// As for [`answer`].
+unsafe extern "C" fn answer_timed<G: Guest>(frame: *mut Frame, verdict: Verdict) -> Next {
+    // SAFETY: the caller's promise, and that of `time`.
+    unsafe {
+        (*frame).handler = answer::<G>;
+        let Unfinished { reason, start } = (*frame).unfinished;
+        let next = answer::<G>(frame, verdict);
+        record(frame, reason, start);
+        next
+    }
+}
+
+/// Answers an exit for which a light handler was not enough. Never inlined into
+/// [`answer_timed`]: with one caller, `G`'s handlers are inlined here.
+///
+/// # Safety
+/// `frame` is the one of the vCPU that exited, on whose stack this runs.
+#[inline(never)]
+unsafe extern "C" fn answer<G: Guest>(frame: *mut Frame, verdict: Verdict) -> Next {
+    // SAFETY: `Entry::run` stored a `G` that it borrows until the guest has left; the registers
+    // are the handlers' until then.
+    let (guest, registers) =
+        unsafe { (&mut *(*frame).context.cast::<G>(), &mut (*frame).registers) };
     if verdict == Verdict::HEAVY {
-        guest.exit(&mut frame.registers)
+        guest.exit(registers)
     } else {
         guest.attend()
     }
@@ -151,14 +316,25 @@ struct Frame {
     /// The guest's registers while the host runs.
     registers: GeneralRegisters,
     /// Called where a light handler was not enough.
-    handler: extern "C" fn(&mut Frame, Verdict) -> Next,
-    /// The [`LightTable`] of the guest.
-    light: *const (),
+    handler: unsafe extern "C" fn(*mut Frame, Verdict) -> Next,
+    /// The [`LightTable`] of the guest, or the one that times it.
+    light: AtomicPtr<()>,
     /// The stack pointer of [`enter`]'s caller.
     run_rsp: u64,
     /// The guest of the handlers.
     context: *mut (),
-    counts: [u64; REASONS],
+    counts: [AtomicU64; REASONS],
+    /// Those of [`Shared`], once they are wanted.
+    times: AtomicPtr<ExitTimes>,
+    unfinished: Unfinished,
+}
+
+/// An exit that is timed and has not ended.
+#[derive(Clone, Copy)]
+struct Unfinished {
+    reason: usize,
+    /// The time-stamp counter when it began.
+    start: u64,
 }
 
 const BLOCK: usize = size_of::<GeneralRegisters>();

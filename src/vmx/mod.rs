@@ -2,7 +2,7 @@
 //!
 //! [`operation`] switches VMX on with the [`controls`] that the
 //! [`capability`] MSRs allow; a [`vmcs`] is built from typed fields; [`entry`]
-//! is the way into the guest and back; [`mod@exit`] decodes why it came back.
+//! is the way into the guest and back; [`mod@exit`] decodes why it came back, [`exit_times`] how long that took.
 //! [`ept`], [`vpid`], [`bitmap`] and [`memory_type`] are the tables that the
 //! hardware reads, [`apic`] is what it does of a local APIC; [`live_state`] is what it never switches; [`check`] and [`error`] say what was wrong when it refuses.
 
@@ -19,6 +19,7 @@ pub mod ept_frames;
 pub mod error;
 pub mod exit;
 pub mod exit_reason;
+pub mod exit_times;
 pub mod host_state;
 pub mod live_state;
 pub mod memory_type;

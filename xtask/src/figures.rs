@@ -15,7 +15,7 @@ use std::time::Duration;
 
 /// What is known at the end of a run; what is not known is not shown.
 #[derive(Debug, Default)]
-pub struct Figures {
+pub struct Figures<'a> {
     /// What the boot took, from the kernel's first instruction to the first process.
     pub boot: Option<Boot>,
     /// Bytes of the kernel's image.
@@ -24,6 +24,8 @@ pub struct Figures {
     pub memory: Option<Memory>,
     /// From the start of the command to the guest's shell.
     pub prompt: Option<Duration>,
+    /// What the hypervisor says of exits whose times it has recorded.
+    pub exits: &'a [String],
 }
 
 /// What a boot took.
@@ -84,7 +86,7 @@ impl Display for Boot {
     }
 }
 
-impl Display for Figures {
+impl Display for Figures<'_> {
     fn fmt(&self, out: &mut Formatter) -> fmt::Result {
         if let Some(boot) = &self.boot {
             writeln!(out, "boot: {boot}")?;
@@ -102,7 +104,9 @@ impl Display for Figures {
         if let Some(time) = self.prompt {
             writeln!(out, "prompt: after {:.1} s", time.as_secs_f64())?;
         }
-        Ok(())
+        self.exits
+            .iter()
+            .try_for_each(|line| writeln!(out, "{line}"))
     }
 }
 
@@ -165,13 +169,16 @@ mod tests {
             kernel: Some(453 * 1024 - 5),
             memory: Memory::parse("vireo: memory: 9216 KiB hypervisor, 262144 KiB guests\r"),
             prompt: Some(Duration::from_millis(41_234)),
+            exits: &["vm a: 7 ticks".to_owned(), "HLT  1".to_owned()],
         };
         assert_eq!(
             figures.to_string(),
             "boot: 502.7 million instructions to /init, 0.98 of the bare emulator's 510.7 million\n\
              kernel image: 453 KiB\n\
              hypervisor memory: 9216 KiB beside 262144 KiB of guests\n\
-             prompt: after 41.2 s\n"
+             prompt: after 41.2 s\n\
+             vm a: 7 ticks\n\
+             HLT  1\n"
         );
         figures.boot = Some(Boot::Instructions(1, None));
         assert!(figures.to_string().contains("--platform bare"));

@@ -16,7 +16,7 @@ use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use vireo_handoff::config::{ApicMode, parse_size};
+use vireo_handoff::config::{ApicMode, Statistics, parse_size};
 
 /// How long a machine may be silent where nobody is there to notice it.
 const UNATTENDED: Duration = Duration::from_secs(600);
@@ -28,7 +28,7 @@ pub(crate) const DISK: &str = "disk.img";
 #[derive(Args, Debug, Default)]
 pub struct GuestOptions {
     /// The configuration file; the files that it names stand below its folder
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "vcpus", "apic"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "vcpus", "apic", "statistics"])]
     pub config: Option<PathBuf>,
     /// The guest's kernel, instead of Debian's
     #[arg(long, value_name = "FILE")]
@@ -48,6 +48,9 @@ pub struct GuestOptions {
     /// How much of the guest's local APIC the CPU is
     #[arg(long, value_name = "TIER", value_parser = apic_mode())]
     pub apic: Option<ApicMode>,
+    /// Record how long the guest's exits take, and show a table of them at its end
+    #[arg(long)]
+    pub statistics: bool,
 }
 
 /// `cargo xtask run`
@@ -56,7 +59,7 @@ pub struct Options {
     #[command(flatten)]
     guest: GuestOptions,
     /// Boot this disk image, as `image` makes them, instead of making one
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["config", "kernel", "initrd", "cmdline", "memory", "vcpus", "apic", "exec"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["config", "kernel", "initrd", "cmdline", "memory", "vcpus", "apic", "statistics", "exec"])]
     disk: Option<PathBuf>,
     /// Run COMMAND in the guest's shell, print its output, power off, and exit with its status
     #[arg(long, value_name = "COMMAND")]
@@ -140,6 +143,11 @@ impl GuestOptions {
             memory: self.memory,
             vcpus: self.vcpus,
             apic: self.apic,
+            statistics: if self.statistics {
+                Statistics::Times
+            } else {
+                Statistics::default()
+            },
         };
         let (rows, columns) = console::Term::stdout().size();
         let name = std::env::var("TERM").unwrap_or_default();
@@ -232,6 +240,7 @@ pub fn run(options: &Options) -> Result<u8> {
             kernel: system.built().map(|built| built.size),
             memory: report.watcher.memory,
             prompt: report.prompt.map(|prompt| prompt - start),
+            exits: &report.watcher.exits,
         };
         eprint!("{figures}");
     }

@@ -74,6 +74,10 @@ pub struct Watcher {
     pub restarted: bool,
     /// How much memory the hypervisor says that it and the guests have.
     pub memory: Option<Memory>,
+    /// What it says of guests whose exits were timed, without [`PREFIX`].
+    pub exits: Vec<String>,
+    /// The next lines belong to that, too.
+    within_exits: bool,
 }
 
 impl Watcher {
@@ -112,9 +116,22 @@ impl Watcher {
         } else if let Some(Verdict::Panic(_)) = self.verdicts.last() {
             self.aftermath.push(text.clone());
         }
+        self.take_exits(&text);
         self.restarted |= self.first.as_ref() == Some(&text);
         self.first.get_or_insert_with(|| text.clone());
         Some(text)
+    }
+
+    /// Keeps a table of exits: `vm NAME: TICKS ticks in root mode, ...`, and the lines from
+    /// there to the next about a guest.
+    fn take_exits(&mut self, line: &str) {
+        let text = &line[PREFIX.len()..];
+        if text.starts_with("vm ") {
+            self.within_exits = text.contains(" ticks in root mode, ");
+        }
+        if self.within_exits {
+            self.exits.push(text.to_owned());
+        }
     }
 
     /// The worst thing that was said: a panic before an error, an error before
@@ -249,6 +266,19 @@ mod tests {
         assert!(!watcher.restarted);
         watcher.push(b"\x1b[2JBdsDxe: starting\r\n\x1b[0mvireo: loader: kernel, 1 KiB\r\n");
         assert!(watcher.restarted);
+    }
+
+    #[test]
+    fn a_table_of_exits_is_kept() {
+        let mut watcher = Watcher::default();
+        watcher.push(b"vireo: vm a: 5 exits: HLT 5\r\n");
+        assert!(watcher.exits.is_empty());
+        let table = "vm a: 70 ticks in root mode, of 9 a second\nreason  count\nHLT         5\n";
+        for line in table.lines() {
+            watcher.push(format!("vireo: {line}\r\n").as_bytes());
+        }
+        watcher.push(b"vireo: vm a: powered off\r\nvireo: more\r\n");
+        assert_eq!(watcher.exits, Vec::from_iter(table.lines()));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Component, Path};
 use vireo_handoff::Config;
-use vireo_handoff::config::{ApicMode, Vm};
+use vireo_handoff::config::{ApicMode, Statistics, Vm};
 
 /// The configuration's name on the volume.
 const CONFIG: &str = "vireo.toml";
@@ -34,6 +34,8 @@ pub struct Single<'a> {
     pub vcpus: Option<u32>,
     /// How much of its local APIC the CPU is.
     pub apic: Option<ApicMode>,
+    /// What is recorded about its exits.
+    pub statistics: Statistics,
 }
 
 /// What a guest's shell is to do instead of taking the terminal.
@@ -111,6 +113,7 @@ impl Volume {
             initrd: initrd.is_some().then(|| "initrd".into()),
             cmdline,
             apic: single.apic.unwrap_or_default(),
+            statistics: single.statistics,
         };
         let text = toml::to_string(&Config { vm: vec![vm] })?;
         let mut files = vec![entry("kernel", kernel.unwrap_or_default())];
@@ -318,6 +321,7 @@ mod tests {
             cmdline: Some("a=\"b c\" \\d"),
             memory: Some(64 << 20),
             apic: Some(ApicMode::ApicV),
+            statistics: Statistics::Times,
             ..Single::default()
         };
         let progress = Progress::new();
@@ -329,6 +333,7 @@ mod tests {
             ("a=\"b c\" \\d", 64 << 20)
         );
         assert_eq!((vm.apic, &vm.initrd), (ApicMode::ApicV, &None));
+        assert_eq!(vm.statistics, Statistics::Times);
         let odd = Single {
             memory: Some(3 << 20),
             ..single

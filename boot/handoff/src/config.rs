@@ -32,6 +32,19 @@ pub struct Vm {
     pub cmdline: String,
     /// Who is the guest's local APIC.
     pub apic: ApicMode,
+    /// What is recorded about its VM exits.
+    pub statistics: Statistics,
+}
+
+/// What is recorded about the VM exits of a guest, by reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Statistics {
+    /// How many there were.
+    #[default]
+    Counts,
+    /// How long each took, too.
+    Times,
 }
 
 /// How much of a guest's local APIC the CPU is (SDM 3, 30).
@@ -88,7 +101,7 @@ impl Config {
 
 #[cfg(feature = "toml")]
 mod read {
-    use super::{ApicMode, Config, Vm};
+    use super::{ApicMode, Config, Statistics, Vm};
     use alloc::format;
     use alloc::string::{String, ToString};
     use alloc::vec::Vec;
@@ -158,6 +171,8 @@ mod read {
         cmdline: String,
         #[serde(default)]
         apic: ApicMode,
+        #[serde(default)]
+        statistics: Statistics,
     }
 
     fn one() -> Spanned<u32> {
@@ -240,6 +255,7 @@ mod read {
                     initrd: vm.initrd,
                     cmdline: vm.cmdline,
                     apic: vm.apic,
+                    statistics: vm.statistics,
                 });
             }
             if config.vm.is_empty() {
@@ -298,6 +314,27 @@ mod read {
             for wrong in ["", "M", "1T", "-1M", "1 M", "1MM", "99999999999999G"] {
                 assert_eq!(parse_size(wrong), None, "{wrong}");
             }
+        }
+
+        #[test]
+        fn statistics_are_counts_or_times() {
+            let parse = |line| Config::parse("vireo.toml", &alloc::format!("{GOOD}{line}\n"));
+            for (line, expected) in [
+                ("", Statistics::Counts),
+                ("statistics = \"counts\"", Statistics::Counts),
+                ("statistics = \"times\"", Statistics::Times),
+            ] {
+                assert_eq!(parse(line).unwrap().vm[0].statistics, expected);
+            }
+            let wrong = parse("statistics = true").unwrap_err().to_string();
+            assert!(wrong.starts_with("vireo.toml:5:14: "), "{wrong}");
+            let wrong = parse("statistics = \"all\"").unwrap_err().to_string();
+            assert!(
+                wrong.starts_with(
+                    "vireo.toml:5:14: unknown variant `all`, expected `counts` or `times`"
+                ),
+                "{wrong}"
+            );
         }
 
         #[test]
