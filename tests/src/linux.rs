@@ -172,7 +172,7 @@ fn piped_input(case: &mut Case) -> Result<()> {
     let script = format!("uname\ncat <<'END'\n{lines}END\necho $((6 * 7))\n(exit 3)\n");
     let seen = case
         .machine()
-        .options(["--apic", "emulated"])
+        .options(["--apic", "emulated", "--statistics"])
         .input(Input::Bytes(script.into_bytes()))
         .run()?;
     case.check_equal(
@@ -184,6 +184,14 @@ fn piped_input(case: &mut Case) -> Result<()> {
         "the status is the last command's",
         seen.ending,
         Ending::Status(3),
+    );
+    let table = seen.errors.split_once(" ticks in root mode, ");
+    case.check(
+        "standard error has what its exits took",
+        table.is_some_and(|(before, table)| {
+            before.ends_with(|last: char| last.is_ascii_digit()) && table.contains("\nCPUID ")
+        }),
+        &seen.errors,
     );
     Ok(())
 }
