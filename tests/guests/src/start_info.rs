@@ -1,7 +1,7 @@
 //! What the PVH boot protocol tells (`hvm_start_info`).
 
 use crate::cell::Shared;
-use crate::memory::{read32, read64};
+use crate::memory::{read8, read32, read64};
 
 static ADDRESS: Shared<u64> = Shared::new(0);
 
@@ -15,6 +15,17 @@ pub(crate) fn set(address: u64) {
 /// The first field.
 pub fn magic() -> u32 {
     read32(ADDRESS.get())
+}
+
+/// Whether the command line is `text`.
+pub fn command_line_is(text: &str) -> bool {
+    let start = read64(ADDRESS.get() + 24);
+    start != 0
+        && text
+            .bytes()
+            .chain([0])
+            .zip(start..)
+            .all(|(byte, at)| read8(at) == byte)
 }
 
 /// Address of the ACPI root pointer.

@@ -44,6 +44,8 @@ pub struct ExitBudget {
     pub fields: Option<[f64; 2]>,
     #[serde(default)]
     pub ceiling: PerTier,
+    /// The ceiling of the outer KVM's exits, where Vireo is nested.
+    pub outer: Option<f64>,
     /// Why the ceilings were last changed.
     #[serde(default)]
     pub reason: String,
@@ -206,6 +208,13 @@ impl ExitBudget {
     }
 }
 
+impl ExitBudget {
+    /// How the outer KVM's exits stand to this.
+    pub fn judge_outer(&self, outer: f64) -> Verdict {
+        Verdict::of(outer, None, self.outer)
+    }
+}
+
 impl WorkloadBudget {
     /// How a comparison with the bare emulator stands to this.
     pub fn judge(&self, compared: f64) -> Verdict {
@@ -232,7 +241,7 @@ impl Budgets {
     }
 
     fn parse(text: &str) -> Result<Self> {
-        let preface = text.find("[[").map_or(text, |at| &text[..at]);
+        let preface = text.find("\n[[").map_or(text, |at| &text[..at]);
         Ok(Self {
             preface: preface.to_owned(),
             ..toml::from_str(text)?
@@ -285,11 +294,29 @@ impl Budgets {
             }
             budget.name.clone_from(name);
             budget.ceiling = ceiling;
-            reason.clone_into(&mut budget.reason);
-            match self.exits.iter_mut().find(|old| old.name == *name) {
-                Some(old) => *old = budget,
-                None => self.exits.push(budget),
+            self.put_exit(budget, reason);
+        }
+    }
+
+    /// The same for the exits of the KVM in which Vireo is nested.
+    pub fn accept_outer(&mut self, rows: &[(&Row, f64)], reason: &str) {
+        for (row, outer) in rows {
+            let mut budget = self.exit(&row.name);
+            let ceiling = Some(accepted(budget.outer, *outer, outer + 0.1, 10.0));
+            if ceiling == budget.outer {
+                continue;
             }
+            budget.name.clone_from(&row.name);
+            budget.outer = ceiling;
+            self.put_exit(budget, reason);
+        }
+    }
+
+    fn put_exit(&mut self, mut budget: ExitBudget, reason: &str) {
+        reason.clone_into(&mut budget.reason);
+        match self.exits.iter_mut().find(|old| old.name == budget.name) {
+            Some(old) => *old = budget,
+            None => self.exits.push(budget),
         }
     }
 
@@ -344,6 +371,7 @@ impl Budgets {
                     ),
                     ("fields", fields.map(|[r, w]| format!("[{r}, {w}]"))),
                     ("ceiling", budget.ceiling.text()),
+                    ("outer", budget.outer.map(|number| number.to_string())),
                     ("reason", Some(quoted(&budget.reason))),
                 ],
             );
@@ -379,34 +407,30 @@ mod tests {
     use super::super::exits::Counts;
     use super::*;
 
-    const TEXT: &str = "# About.\n\n[[exit]]\nname = \"CPUID\"\nkvm = 1112\ngoal = 90\nfields = [4, 1]\nceiling = 94\nreason = \"first\"\n\n\
+    const TEXT: &str = "# About [[exit]].\n\n[[exit]]\nname = \"CPUID\"\nkvm = 1112\ngoal = 90\nfields = [4, 1]\nceiling = 94\nouter = 2.1\nreason = \"first\"\n\n\
         [[exit]]\nname = \"EOI\"\ngoal = { apicv = 40 }\nno_exit = [\"apicv\"]\nceiling = { emulated = 200, apicv = 50 }\nreason = \"it's\"\n\n\
         [[workload]]\nname = \"late\"\nunit = \"more\"\ngoal = 2000\nceiling = 1500\nreason = \"first\"\n";
-
-    fn row(name: &str, instructions: f64) -> Row {
-        Row {
-            name: name.into(),
-            instructions,
-            counts: None,
-        }
-    }
 
     #[test]
     fn a_row_is_judged_by_its_tiers_numbers() {
         let budgets = Budgets::parse(TEXT).unwrap();
         let cpuid = budgets.exit("CPUID");
-        let judge = |number| cpuid.judge(&row("CPUID", number), ApicMode::Emulated);
+        let judge = |number| cpuid.judge(&Row::new("CPUID", number), ApicMode::Emulated);
         assert_eq!(judge(90.0), Verdict::Good);
         assert_eq!(judge(90.1), Verdict::OverGoal);
         assert_eq!(judge(94.1), Verdict::OverCeiling(94.0));
         assert_eq!(judge(94.1).failure().unwrap(), "the budget is 94");
         let eoi = budgets.exit("EOI");
-        let judge = |number, mode| eoi.judge(&row("EOI", number), mode);
+        let judge = |number, mode| eoi.judge(&Row::new("EOI", number), mode);
         assert_eq!(judge(199.0, ApicMode::Emulated), Verdict::Good);
         assert_eq!(judge(41.0, ApicMode::ApicV), Verdict::OverGoal);
         assert_eq!(judge(1.0, ApicMode::FlexPriority), Verdict::New);
-        let unknown = budgets.exit("x").judge(&row("x", 1.0), ApicMode::ApicV);
+        let unknown = budgets
+            .exit("x")
+            .judge(&Row::new("x", 1.0), ApicMode::ApicV);
         assert!(unknown.failure().unwrap().contains("no budget"));
+        assert_eq!(cpuid.judge_outer(1.9), Verdict::Good);
+        assert_eq!(cpuid.judge_outer(3.0), Verdict::OverCeiling(2.1));
         let late = budgets.workload("late");
         assert_eq!(late.judge(late.unit.compare(3500.0, 2000.0)), Verdict::Good);
     }
@@ -420,7 +444,7 @@ mod tests {
                 reads,
                 writes,
             }),
-            ..row(name, 1.0)
+            ..Row::new(name, 1.0)
         };
         let judge = |row: Row| budgets.exit(&row.name).judge(&row, ApicMode::ApicV);
         assert_eq!(judge(counted("CPUID", 1.0, 4.0, 1.0)), Verdict::Good);
@@ -446,10 +470,10 @@ mod tests {
         let tiers = [
             tier(
                 ApicMode::Emulated,
-                vec![row("CPUID", 93.0), row("new", 10.0)],
+                vec![Row::new("CPUID", 93.0), Row::new("new", 10.0)],
             ),
-            tier(ApicMode::FlexPriority, vec![row("CPUID", 93.0)]),
-            tier(ApicMode::ApicV, vec![row("CPUID", 93.0)]),
+            tier(ApicMode::FlexPriority, vec![Row::new("CPUID", 93.0)]),
+            tier(ApicMode::ApicV, vec![Row::new("CPUID", 93.0)]),
         ];
         budgets.accept_exits(&tiers, "second");
         assert_eq!(budgets.exit("CPUID").reason, "first");
@@ -462,11 +486,19 @@ mod tests {
             budgets.exit("EOI").ceiling.get(ApicMode::Emulated),
             Some(200.0)
         );
-        let faster = [tier(ApicMode::Emulated, vec![row("CPUID", 50.0)])];
+        let faster = [tier(ApicMode::Emulated, vec![Row::new("CPUID", 50.0)])];
         budgets.accept_exits(&faster, "third");
         let ceiling = budgets.exit("CPUID").ceiling;
         assert_eq!(ceiling.get(ApicMode::Emulated), Some(52.0));
         assert_eq!(ceiling.get(ApicMode::ApicV), Some(94.0));
+        let slow = [
+            (&Row::new("CPUID", 1.0), 3.0),
+            (&Row::new("EOI", 1.0), 2.04),
+        ];
+        budgets.accept_outer(&slow, "fourth");
+        assert_eq!(budgets.exit("CPUID").outer, Some(3.1));
+        assert_eq!(budgets.exit("EOI").outer, Some(2.2));
+        assert_eq!(budgets.exit("EOI").reason, "fourth");
         let number = |number| Workload {
             rows: vec![("late".into(), number), ("ratio".into(), number)],
             end: 0.0,

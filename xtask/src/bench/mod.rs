@@ -18,7 +18,7 @@ mod workload;
 use crate::build;
 use crate::figures::Baseline;
 use crate::guest;
-use crate::machine::{Bare, Bochs};
+use crate::machine::{Bare, Bochs, Rig};
 use crate::paths;
 use crate::progress::Progress;
 use crate::provision::Provisioner;
@@ -33,6 +33,7 @@ use serde_json::{Value, json};
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
+use vireo_handoff::config::ApicMode;
 use workload::{Exits, Workload};
 
 /// `cargo xtask bench`
@@ -41,6 +42,9 @@ pub struct Options {
     /// Only the table of exits, without the Linux workload
     #[arg(long)]
     exits: bool,
+    /// Only what exits cost where Vireo is nested in KVM, with KVM's exits for each; takes minutes
+    #[arg(long, conflicts_with_all = ["exits", "cpu"])]
+    nested: bool,
     /// Show and judge only rows whose name contains TEXT
     #[arg(long, value_name = "TEXT", default_value = "")]
     filter: String,
@@ -76,6 +80,9 @@ struct Linux {
 /// When something cannot be measured, or takes more than its ceiling.
 pub fn run(options: &Options) -> Result<u8> {
     let mut budgets = Budgets::load()?;
+    if options.nested {
+        return nested(options, budgets).map(|()| 0);
+    }
     let measured = measure(options)?;
     if let Some(reason) = &options.accept {
         budgets.accept_exits(&measured.tiers, reason);
@@ -90,18 +97,85 @@ pub fn run(options: &Options) -> Result<u8> {
     if let Some(text) = measured.workload_text(&budgets, filter) {
         print!("\n{text}");
     }
-    if let Some(file) = &options.json {
-        let text = serde_json::to_string_pretty(&measured.json(&budgets, options))?;
-        fs::write(file, text + "\n").with_context(|| format!("cannot write {}", file.display()))?;
+    write_json(options, &measured.json(&budgets, options))?;
+    fail(&measured.failures(&budgets, filter))?;
+    Ok(0)
+}
+
+/// What is said with `--json`.
+fn write_json(options: &Options, value: &Value) -> Result<()> {
+    let Some(file) = &options.json else {
+        return Ok(());
+    };
+    let text = serde_json::to_string_pretty(value)?;
+    fs::write(file, text + "\n").with_context(|| format!("cannot write {}", file.display()))
+}
+
+/// `--nested`: the guest `bench` in Vireo in KVM.
+fn nested(options: &Options, mut budgets: Budgets) -> Result<()> {
+    let progress = Progress::new();
+    let provisioner = Provisioner::new(&progress);
+    let rig = Rig {
+        counts: true,
+        ..provisioner.rig()?
+    };
+    progress.clear();
+    let folder = RunFolder::create(None)?;
+    let tiers = [ApicMode::Auto];
+    let guest = exit_guest(&folder.path, "pause", &tiers)?;
+    let boot = Boot {
+        name: "nested",
+        system: &System::Vireo(build::all()?),
+        platform: &rig,
+        volume: Volume::from_config(&guest, None, &provisioner)?,
+        job: None,
+        cpu: None,
+    };
+    let seen = boot::run_all(vec![boot], &folder.path, &progress)?.pop();
+    progress.clear();
+    let tiers = self::tiers(seen.context("the machine was not measured")?, &tiers)?;
+    let mut rows = exits::outer(&tiers[0]);
+    if let Some(reason) = &options.accept {
+        budgets.accept_outer(&rows, reason);
+        budgets.save()?;
     }
-    let failures = measured.failures(&budgets, filter);
+    rows.retain(|(row, _)| row.name.contains(&options.filter));
+    println!("Of KVM's exits two are the least: the exit itself, and VMRESUME.\n");
+    print!("{}", table::nested(&rows, &budgets));
+    let values: Vec<Value> = rows
+        .iter()
+        .map(|(row, outer)| {
+            json!({
+                "name": row.name,
+                "outer_exits": outer,
+                "ceiling": budgets.exit(&row.name).outer,
+                "instructions": row.instructions,
+            })
+        })
+        .collect();
+    write_json(options, &json!({ "nested": values }))?;
+    let failures: Vec<String> = rows
+        .iter()
+        .filter_map(|(row, outer)| {
+            let why = budgets.exit(&row.name).judge_outer(*outer).failure()?;
+            Some(format!(
+                "{} takes {outer:.1} of KVM's exits, {why}",
+                row.name
+            ))
+        })
+        .collect();
+    fail(&failures)
+}
+
+/// One sentence for all that takes too much, where there is any.
+fn fail(failures: &[String]) -> Result<()> {
     ensure!(
         failures.is_empty(),
         "{} (cargo xtask bench --accept REASON changes {})",
         failures.join("; "),
         budget::FILE
     );
-    Ok(0)
+    Ok(())
 }
 
 /// The README's blocks that are these tables, by their markers.
@@ -136,14 +210,20 @@ impl Measured {
 
     /// Puts the tables into the README.
     fn save_to_readme(&self, budgets: &Budgets) -> Result<()> {
-        let file = paths::root().join("README.md");
-        let mut text = String::from_utf8(paths::read(&file)?)?;
-        text = with_block(&text, README_EXITS, &self.exit_text(budgets, ""));
-        if let Some(workload) = self.workload_text(budgets, "") {
-            text = with_block(&text, README_WORKLOAD, &workload);
-        }
-        fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))
+        edit_readme(|readme| {
+            let readme = with_block(readme, README_EXITS, &self.exit_text(budgets, ""));
+            match self.workload_text(budgets, "") {
+                Some(workload) => with_block(&readme, README_WORKLOAD, &workload),
+                None => readme,
+            }
+        })
     }
+}
+
+fn edit_readme(edit: impl FnOnce(&str) -> String) -> Result<()> {
+    let file = paths::root().join("README.md");
+    let text = edit(&String::from_utf8(paths::read(&file)?)?);
+    fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))
 }
 
 /// `text` with the block called `name` replaced, which stands between two comments.
@@ -175,7 +255,7 @@ fn measure(options: &Options) -> Result<Measured> {
     let counting = System::Vireo(build::counting()?);
     let folder = RunFolder::create(None)?;
     let cpu = options.cpu.as_deref();
-    let guest = exit_guest(&folder.path)?;
+    let guest = exit_guest(&folder.path, "", &exits::TIERS)?;
     let exits = |name, system| -> Result<Boot> {
         Ok(Boot {
             name,
@@ -196,8 +276,8 @@ fn measure(options: &Options) -> Result<Measured> {
     let mut seen = boot::run_all(boots, &folder.path, &progress)?.into_iter();
     progress.clear();
     let mut next = || seen.next().context("a machine was not measured");
-    let mut tiers = tiers(next()?)?;
-    exits::add_counts(&mut tiers, &self::tiers(next()?)?);
+    let mut tiers = tiers(next()?, &exits::TIERS)?;
+    exits::add_counts(&mut tiers, &self::tiers(next()?, &exits::TIERS)?);
     let linux = match linux {
         Some(guest) => Some(guest.measured(next()?, seen.next())?),
         None => None,
@@ -206,18 +286,18 @@ fn measure(options: &Options) -> Result<Measured> {
 }
 
 /// Puts the guest `bench` and its configuration into `folder`.
-fn exit_guest(folder: &Path) -> Result<PathBuf> {
+fn exit_guest(folder: &Path, cmdline: &str, tiers: &[ApicMode]) -> Result<PathBuf> {
     let name = "bench";
     let config = folder.join("vireo.toml");
     fs::copy(build::guest(name)?, folder.join(name))
-        .and_then(|_| fs::write(&config, exits::configuration(name)))
+        .and_then(|_| fs::write(&config, exits::configuration(name, cmdline, tiers)))
         .with_context(|| format!("cannot write {}", folder.display()))?;
     Ok(config)
 }
 
 /// What the guest `bench` has said; how its machine ended matters where it has not.
-fn tiers(seen: Seen) -> Result<Vec<Tier>> {
-    let tiers = exits::parse(&seen.console);
+fn tiers(seen: Seen, tiers: &[ApicMode]) -> Result<Vec<Tier>> {
+    let tiers = exits::parse(&seen.console, tiers);
     match (seen.end, tiers) {
         (_, Ok(tiers)) if exits::best(&tiers).is_some() => Ok(tiers),
         (Err(error), _) => Err(error),
@@ -452,11 +532,7 @@ mod tests {
     #[test]
     fn what_takes_more_than_it_may_is_named_with_both_numbers() {
         let budgets = Budgets::load().unwrap();
-        let row = |name: &str, instructions| exits::Row {
-            name: name.into(),
-            instructions,
-            counts: None,
-        };
+        let row = exits::Row::new;
         let measured = Measured {
             tiers: vec![Tier {
                 mode: exits::TIERS[0],

@@ -186,6 +186,23 @@ pub fn workload(vireo: &Workload, bare: &Workload, budgets: &Budgets, filter: &s
     )
 }
 
+/// Exits of the KVM in which Vireo is nested, and what they take.
+pub fn nested(rows: &[(&Row, f64)], budgets: &Budgets) -> String {
+    let rows: Vec<Vec<String>> = rows
+        .iter()
+        .map(|(row, outer)| {
+            let budget = budgets.exit(&row.name);
+            vec![
+                row.name.clone(),
+                format!("{outer:.1}"),
+                format!("{:.0}", row.instructions),
+                note(budget.judge_outer(*outer), budget.outer).unwrap_or_default(),
+            ]
+        })
+        .collect();
+    layout(&["nested in KVM", "KVM's exits", "instructions", ""], &rows)
+}
+
 /// Exits by reason, a second.
 pub fn rates(rates: &[(String, f64)]) -> String {
     let rows: Vec<Vec<String>> = rates
@@ -201,15 +218,13 @@ mod tests {
     use super::*;
 
     fn tier(mode: ApicMode, figures: &[(&str, f64)]) -> Tier {
-        let row = |&(name, instructions): &(&str, f64)| Row {
-            name: name.into(),
-            instructions,
-            counts: None,
-        };
         Tier {
             mode,
             refused: None,
-            rows: figures.iter().map(row).collect(),
+            rows: figures
+                .iter()
+                .map(|(name, instructions)| Row::new(name, *instructions))
+                .collect(),
         }
     }
 

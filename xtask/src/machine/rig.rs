@@ -79,9 +79,24 @@ until [ -b /dev/sdb ]; do
     [ $tries -lt 100 ] || finish 'the second disk has not appeared'
     usleep 100000
 done
-@QEMU@ || finish 'QEMU has failed'
+@RUN@ || finish 'QEMU has failed'
 finish
 "#;
+
+/// How [`INIT`] runs QEMU.
+const RUN: &str = "@QEMU@ -serial /dev/ttyS0";
+
+/// The same with KVM's exits so far behind each line of the console.
+const RUN_AND_COUNT: &str = r#"set -o pipefail
+mount -t debugfs debugfs /debug
+@QEMU@ -serial stdio </dev/null | while IFS= read -r line; do
+    read -r exits </debug/kvm/exits
+    echo "$line"
+    echo "@COUNT@$exits"
+done"#;
+
+/// What [`Rig::counts`] puts in front of a count, on a line of its own.
+pub const COUNT: &str = "kvm: exits: ";
 
 /// The command line of the Linux in between.
 ///
@@ -108,6 +123,8 @@ pub struct Rig {
     /// Its initramfs but for the first process: busybox, the modules, and QEMU
     /// with all that it needs, see [`inside`].
     pub archive: PathBuf,
+    /// Each line of the console is followed by KVM's exits so far, see [`COUNT`].
+    pub counts: bool,
 }
 
 impl Platform for Rig {
@@ -118,7 +135,8 @@ impl Platform for Rig {
     fn start(&self, config: &MachineConfig) -> Result<Machine> {
         let ips = config.ips.max(LEAST_IPS);
         let mut initramfs = Archive::new();
-        initramfs.file("init", 0o755, init(config)?.as_bytes());
+        initramfs.file("init", 0o755, init(config, self.counts)?.as_bytes());
+        initramfs.directory("debug");
         let mut initramfs = initramfs.finish();
         // Behind ours: what follows an LZ4 archive is taken for a chunk of it.
         initramfs.extend(paths::read(&self.archive)?);
@@ -147,7 +165,7 @@ impl Platform for Rig {
     }
 }
 
-fn init(config: &MachineConfig) -> Result<String> {
+fn init(config: &MachineConfig, counts: bool) -> Result<String> {
     let model = config.cpu_model.as_deref().unwrap_or("host");
     let plain = |c: char| c.is_ascii_alphanumeric() || ",.-_+=".contains(c);
     ensure!(
@@ -157,7 +175,7 @@ fn init(config: &MachineConfig) -> Result<String> {
     let qemu = format!(
         "/{} -L /{} -bios /{} -nodefaults -display none -no-reboot -machine pc -accel kvm \
          -cpu {model} -smp {} -m {}M -drive file=/dev/sdb,format=raw,if=none,id=disk \
-         -device virtio-blk-pci,drive=disk,bootindex=0 -serial /dev/ttyS0",
+         -device virtio-blk-pci,drive=disk,bootindex=0",
         inside::QEMU,
         inside::ROMS,
         inside::FIRMWARE,
@@ -167,6 +185,8 @@ fn init(config: &MachineConfig) -> Result<String> {
     Ok(INIT
         .replace("@LIBRARIES@", inside::LIBRARIES)
         .replace("@MODULES@", &MODULES.join(" "))
+        .replace("@RUN@", if counts { RUN_AND_COUNT } else { RUN })
+        .replace("@COUNT@", COUNT)
         .replace("@QEMU@", &qemu))
 }
 
@@ -184,17 +204,20 @@ mod tests {
 
     #[test]
     fn the_first_process_starts_the_machine_that_is_wanted() {
-        let script = init(&config("host,-vmx-vpid,level=0x16")).unwrap();
-        assert!(script.contains("-cpu host,-vmx-vpid,level=0x16 -smp 1 -m 416M"));
-        assert!(script.contains("for module in virt/lib/irqbypass arch/x86/kvm/kvm "));
-        for placeholder in ["@LIBRARIES@", "@MODULES@", "@QEMU@"] {
-            assert!(!script.contains(placeholder));
+        for counts in [false, true] {
+            let script = init(&config("host,-vmx-vpid,level=0x16"), counts).unwrap();
+            assert!(script.contains("-cpu host,-vmx-vpid,level=0x16 -smp 1 -m 416M"));
+            assert!(script.contains("for module in virt/lib/irqbypass arch/x86/kvm/kvm "));
+            assert_eq!(script.contains("debugfs"), counts);
+            for placeholder in ["@LIBRARIES@", "@MODULES@", "@RUN@", "@COUNT@", "@QEMU@"] {
+                assert!(!script.contains(placeholder));
+            }
         }
     }
 
     #[test]
     fn a_cpu_model_does_not_reach_the_shell() {
-        let error = init(&config("host; reboot")).unwrap_err();
+        let error = init(&config("host; reboot"), false).unwrap_err();
         assert!(error.to_string().contains("no CPU model"), "{error}");
     }
 }

@@ -31,6 +31,7 @@ impl Provisioner<'_> {
             )?,
             kernel: self.default_guest()?.kernel,
             archive: self.rig_archive()?,
+            counts: false,
         })
     }
 

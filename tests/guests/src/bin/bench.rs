@@ -8,7 +8,9 @@
 //! ```
 //!
 //! The second form is that of a hypervisor which counts (`vmx::count`); its ticks
-//! include the counting.
+//! include the counting. With the command line `pause`, each line is followed by a
+//! pause, in which somebody outside can look at counters of his own, and nothing is
+//! measured three times, the second time with a longer line.
 #![no_std]
 #![no_main]
 
@@ -18,8 +20,8 @@ use core::sync::atomic::Ordering::Relaxed;
 use vireo_test_guests::apic::{self, DIVIDE_BY_1, entry, register};
 use vireo_test_guests::cpu::{self, msr, rdtsc};
 use vireo_test_guests::memory::{read32, write32};
-use vireo_test_guests::time::microseconds;
-use vireo_test_guests::{Shared, exceptions, report};
+use vireo_test_guests::time::{microseconds, spin as pause};
+use vireo_test_guests::{Shared, exceptions, report, serial, start_info};
 
 vireo_test_guests::guest!(run);
 
@@ -27,6 +29,8 @@ vireo_test_guests::guest!(run);
 const ROUNDS: u64 = 2000;
 /// Rounds of what waits for a timer.
 const WAITS: u64 = 100;
+/// Microseconds of a pause.
+const PAUSE: u64 = 20_000;
 /// Vector of the interrupts that are measured.
 const VECTOR: u8 = 0x60;
 /// Vector of the timer whose handler looks at the clock.
@@ -100,6 +104,14 @@ fn measure_in(mode: &str, name: &str, rounds: u64, mut body: impl FnMut()) {
 }
 
 fn say(mode: &str, name: &str, ticks: u64, rounds: u64, counts: Option<(Counts, Counts)>) {
+    print(mode, name, ticks, rounds, counts);
+    if start_info::command_line_is("pause") {
+        serial::flush();
+        pause(microseconds(PAUSE));
+    }
+}
+
+fn print(mode: &str, name: &str, ticks: u64, rounds: u64, counts: Option<(Counts, Counts)>) {
     let Some((before, after)) = counts else {
         report::say(format_args!("bench: {mode}{name}: {ticks} in {rounds}"));
         return;
@@ -126,7 +138,12 @@ fn read_msr(number: u32) {
 }
 
 fn instructions() {
-    measure("nothing", ROUNDS, || raw!("", options(nomem, nostack)));
+    let nothing = |name| measure(name, ROUNDS, || raw!("", options(nomem, nostack)));
+    if start_info::command_line_is("pause") {
+        nothing("nothing");
+        nothing("nothing, but in a line that is longer");
+    }
+    nothing("nothing");
     measure("CPUID", ROUNDS, || {
         raw!("push rbx", "cpuid", "pop rbx", inout("eax") 0 => _, inout("ecx") 0 => _, out("edx") _);
     });
