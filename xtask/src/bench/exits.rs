@@ -2,7 +2,8 @@
 //! the local APIC.
 
 use crate::machine::rig::COUNT;
-use anyhow::{Result, bail};
+use crate::verdict::{PREFIX, Verdict};
+use anyhow::{Result, anyhow, bail};
 use vireo_handoff::config::ApicMode;
 
 /// The tiers, by the name of the guest that measures each.
@@ -53,50 +54,84 @@ pub struct Counts {
     pub writes: f64,
 }
 
-/// Reads the console: which of `tiers` have run, and what they have measured.
+/// Reads the console: which of `tiers` have run, and what they have measured. `end` is
+/// why the machine has not ended well, if it has not.
 ///
 /// # Errors
-/// When a guest has neither run to its end nor was refused.
-pub fn parse(console: &str, tiers: &[ApicMode]) -> Result<Vec<Tier>> {
+/// Names the tier whose guest has neither run to its end nor was refused.
+pub fn parse(console: &str, tiers: &[ApicMode], end: Option<&str>) -> Result<Vec<Tier>> {
     let mut measured = Vec::new();
     for &mode in tiers {
-        let started = format!("vireo: vm {mode}: started");
-        let refused = format!("vm {mode}: ");
-        let lines = || console.lines().map(str::trim_end);
-        let mut rows: Vec<Row> = Vec::new();
-        let refused = match lines().position(|line| line.starts_with(&started)) {
-            Some(first) => {
-                let mut ended = false;
-                for line in lines().skip(first) {
-                    ended = line.starts_with("checks: 0 passed, 0 failed");
-                    if ended {
-                        break;
-                    }
-                    if let Some((row, count)) = rows.last_mut().zip(line.strip_prefix(COUNT)) {
-                        row.outer = row.outer.or(count.parse().ok());
-                    }
-                    rows.extend(Row::parse(line));
-                }
-                if !ended {
-                    bail!("the guest of the tier {mode} has not run to its end");
-                }
-                None
-            }
-            None => lines().find_map(|line| {
-                let text = line.strip_prefix("vireo: error: ")?;
-                Some(text.strip_prefix(&refused)?.to_owned())
-            }),
-        };
-        if rows.is_empty() && refused.is_none() {
-            bail!("the guest of the tier {mode} has not started");
-        }
-        measured.push(Tier {
-            mode,
-            refused,
-            rows,
-        });
+        measured.push(Tier::parse(console, mode).map_err(|why| {
+            let why = why.as_deref().or(end);
+            let why = why.unwrap_or("its guest has not run to its end");
+            anyhow!("the tier {mode} was not measured: {why}")
+        })?);
     }
-    Ok(measured)
+    match end {
+        // A guest that is refused is no good end, but is known already.
+        Some(end) if measured.iter().all(|tier| tier.refused.is_none()) => {
+            bail!("the tiers were measured, but then: {end}")
+        }
+        _ => Ok(measured),
+    }
+}
+
+/// The guest that a line of the hypervisor's is about: `vm NAME: ...`.
+fn subject(line: &str) -> Option<(&str, &str)> {
+    let text = line.strip_prefix(PREFIX)?;
+    let text = text.strip_prefix("error: ").unwrap_or(text);
+    text.strip_prefix("vm ")?.split_once(": ")
+}
+
+impl Tier {
+    /// What the guest named `mode` has said: no line of another guest's is taken for it.
+    ///
+    /// The error is why the guest has died, where the hypervisor says that.
+    fn parse(console: &str, mode: ApicMode) -> Result<Self, Option<String>> {
+        // Behind the beginning of a line, at which a guest may have died.
+        let lines = console.lines().map(|line| {
+            let line = line.trim_end();
+            line.find(PREFIX).map_or(line, |at| &line[at..])
+        });
+        let mut tier = Self {
+            mode,
+            refused: None,
+            rows: Vec::new(),
+        };
+        let (mut started, mut complete) = (false, false);
+        for line in lines {
+            match subject(line) {
+                Some((vm, what)) if vm == mode.name() => {
+                    if what.starts_with("started") {
+                        started = true;
+                    } else if !started && line.contains("error: ") {
+                        tier.refused = Some(what.to_owned());
+                        return Ok(tier);
+                    }
+                }
+                Some(_) if started => break,
+                _ if !started => continue,
+                _ => {}
+            }
+            if let Some(why) = Verdict::parse(line).and_then(|verdict| verdict.failure()) {
+                return Err(Some(why));
+            }
+            if complete {
+                continue;
+            }
+            complete = line.starts_with("checks: 0 passed, 0 failed");
+            if let Some((row, count)) = tier.rows.last_mut().zip(line.strip_prefix(COUNT)) {
+                row.outer = row.outer.or(count.parse().ok());
+            }
+            tier.rows.extend(Row::parse(line));
+        }
+        if complete && !tier.rows.is_empty() {
+            Ok(tier)
+        } else {
+            Err(None)
+        }
+    }
 }
 
 impl Row {
@@ -164,6 +199,17 @@ pub fn outer(tier: &Tier) -> Vec<(&Row, f64)> {
         .collect()
 }
 
+/// For a CPU that has all tiers.
+///
+/// # Errors
+/// When one of them was refused.
+pub fn require_all(tiers: &[Tier]) -> Result<()> {
+    tiers.iter().try_for_each(|tier| match &tier.refused {
+        Some(reason) => bail!("the tier {} was not measured: {reason}", tier.mode),
+        None => Ok(()),
+    })
+}
+
 /// Puts the counts of one run beside the instructions of another.
 pub fn add_counts(tiers: &mut [Tier], counted: &[Tier]) {
     for (tier, counted) in tiers.iter_mut().zip(counted) {
@@ -199,7 +245,7 @@ mod tests {
 
     #[test]
     fn a_console_has_a_list_for_each_tier() {
-        let tiers = parse(CONSOLE, &TIERS).unwrap();
+        let tiers = parse(CONSOLE, &TIERS, None).unwrap();
         let names: Vec<&str> = tiers[0].rows.iter().map(|row| row.name.as_str()).collect();
         assert_eq!(names, ["VMCALL, null call", "x: y"]);
         assert_eq!(tiers[0].rows[0].instructions, 75.0);
@@ -214,15 +260,72 @@ mod tests {
         let reason = "the CPU has no virtual-interrupt delivery";
         assert_eq!(tiers[2].refused.as_deref(), Some(reason));
         assert_eq!(best(&tiers).unwrap().mode, ApicMode::FlexPriority);
+        assert!(require_all(&tiers[..2]).is_ok());
+        assert_eq!(
+            require_all(&tiers).unwrap_err().to_string(),
+            format!("the tier apicv was not measured: {reason}")
+        );
+    }
+
+    /// The sentence that says why this console has no measurement of all tiers.
+    fn failure(console: &str, end: Option<&str>) -> String {
+        parse(console, &TIERS, end).unwrap_err().to_string()
     }
 
     #[test]
-    fn a_guest_that_dies_is_no_measurement() {
-        let dead = CONSOLE.replacen("checks: 0 passed, 0 failed", "vireo: panic: no", 2);
-        assert!(parse(&dead, &TIERS).is_err());
+    fn a_guest_that_dies_is_named_and_no_other_tier_takes_its_place() {
+        let stopped = "vireo: vm emulated: stopped: triple fault, rip 0x10\r\n\
+            vireo: vm emulated: 3 exits: HLT 3";
+        for last_words in [stopped.to_owned(), format!("bench: x: 10 i{stopped}")] {
+            let dead = CONSOLE.replacen("checks: 0 passed, 0 failed", &last_words, 1);
+            assert_eq!(
+                failure(&dead, None),
+                "the tier emulated was not measured: \
+                 the guest emulated was stopped: triple fault, rip 0x10"
+            );
+        }
+        let off = CONSOLE.replacen("checks: 0 passed, 0 failed\r\n", "", 1);
+        assert_eq!(
+            failure(&off, None),
+            "the tier emulated was not measured: its guest has not run to its end"
+        );
+    }
+
+    #[test]
+    fn a_guest_that_hangs_is_named_with_how_the_machine_ended() {
+        let (start, _) = CONSOLE.rsplit_once("checks: ").unwrap();
+        let end = "the machine has not ended within 900 s";
+        assert_eq!(
+            failure(start, Some(end)),
+            format!("the tier flexpriority was not measured: {end}")
+        );
+        let early = &CONSOLE[..CONSOLE.find("bench: VMCALL").unwrap()];
+        let emulated = format!("the tier emulated was not measured: {end}");
+        assert_eq!(failure(early, Some(end)), emulated);
+        assert_eq!(failure("vireo: loader\r\n", Some(end)), emulated);
+    }
+
+    #[test]
+    fn a_hypervisor_that_dies_behind_its_guests_has_not_measured_either() {
+        let panic = format!("{CONSOLE}vireo: panic: no\r\n");
+        let why = failure(&panic, Some("x"));
+        assert!(why.starts_with("the tier flexpriority was not measured: "));
+        assert!(why.ends_with("the hypervisor has panicked: no"), "{why}");
+        let (_, measured) = CONSOLE.split_once("\r\n").unwrap();
+        let all = measured.to_owned() + &measured.replace("emulated", "apicv");
+        assert_eq!(parse(&all, &TIERS, None).unwrap().len(), 3);
+        let why = failure(&all, Some("no power-off"));
+        assert_eq!(why, "the tiers were measured, but then: no power-off");
+    }
+
+    #[test]
+    fn a_guest_that_neither_started_nor_was_refused_is_named() {
         let silent = CONSOLE.replacen("vireo: error: vm apicv", "vireo: x", 1);
-        let error = parse(&silent, &TIERS).unwrap_err().to_string();
-        assert!(error.contains("apicv has not started"), "{error}");
+        let why = failure(&silent, None);
+        assert!(
+            why.starts_with("the tier apicv was not measured: "),
+            "{why}"
+        );
     }
 
     #[test]
@@ -234,7 +337,7 @@ mod tests {
             bench: nothing: 40 in 10\r\nkvm: exits: 1306\r\n\
             bench: CPUID: 40 in 10\r\nkvm: exits: 1480\r\n\
             checks: 0 passed, 0 failed\r\n";
-        let tiers = parse(console, &[ApicMode::Auto]).unwrap();
+        let tiers = parse(console, &[ApicMode::Auto], None).unwrap();
         let outer = outer(&tiers[0]);
         assert_eq!(outer.len(), 2);
         assert_eq!((outer[1].0.name.as_str(), outer[1].1), ("CPUID", 3.0));
@@ -243,7 +346,7 @@ mod tests {
 
     #[test]
     fn counts_come_from_another_run() {
-        let mut tiers = parse(CONSOLE, &TIERS).unwrap();
+        let mut tiers = parse(CONSOLE, &TIERS, None).unwrap();
         let mut counted = tiers.clone();
         counted[0].rows[0].counts = counted[0].rows[1].counts;
         add_counts(&mut tiers, &counted);

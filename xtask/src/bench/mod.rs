@@ -24,7 +24,7 @@ use crate::progress::Progress;
 use crate::provision::Provisioner;
 use crate::run::{RunFolder, System, nonce};
 use crate::volume::{Job, Single, Volume};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use boot::{Boot, IPS, Seen};
 use budget::{Budgets, Unit};
 use clap::Args;
@@ -133,7 +133,7 @@ fn nested(options: &Options, mut budgets: Budgets) -> Result<()> {
     };
     let seen = boot::run_all(vec![boot], &folder.path, &progress)?.pop();
     progress.clear();
-    let tiers = self::tiers(seen.context("the machine was not measured")?, &tiers)?;
+    let tiers = self::tiers(&seen.context("the machine was not measured")?, &tiers)?;
     let mut rows = exits::outer(&tiers[0]);
     if let Some(reason) = &options.accept {
         budgets.accept_outer(&rows, reason);
@@ -276,8 +276,11 @@ fn measure(options: &Options) -> Result<Measured> {
     let mut seen = boot::run_all(boots, &folder.path, &progress)?.into_iter();
     progress.clear();
     let mut next = || seen.next().context("a machine was not measured");
-    let mut tiers = tiers(next()?, &exits::TIERS)?;
-    exits::add_counts(&mut tiers, &self::tiers(next()?, &exits::TIERS)?);
+    let mut tiers = tiers(&next()?, &exits::TIERS)?;
+    if cpu.is_none() {
+        exits::require_all(&tiers)?;
+    }
+    exits::add_counts(&mut tiers, &self::tiers(&next()?, &exits::TIERS)?);
     let linux = match linux {
         Some(guest) => Some(guest.measured(next()?, seen.next())?),
         None => None,
@@ -295,15 +298,15 @@ fn exit_guest(folder: &Path, cmdline: &str, tiers: &[ApicMode]) -> Result<PathBu
     Ok(config)
 }
 
-/// What the guest `bench` has said; how its machine ended matters where it has not.
-fn tiers(seen: Seen, tiers: &[ApicMode]) -> Result<Vec<Tier>> {
-    let tiers = exits::parse(&seen.console, tiers);
-    match (seen.end, tiers) {
-        (_, Ok(tiers)) if exits::best(&tiers).is_some() => Ok(tiers),
-        (Err(error), _) => Err(error),
-        (Ok(_), Err(error)) => Err(error),
-        (Ok(_), Ok(_)) => bail!("no guest of the benchmark has started"),
-    }
+/// What the guest `bench` has said.
+fn tiers(seen: &Seen, tiers: &[ApicMode]) -> Result<Vec<Tier>> {
+    let end = seen.end.as_ref().err().map(|error| format!("{error:#}"));
+    let tiers = exits::parse(&seen.console, tiers, end.as_deref())?;
+    ensure!(
+        exits::best(&tiers).is_some(),
+        "no guest of the benchmark has started"
+    );
+    Ok(tiers)
 }
 
 /// The Linux guest, with Vireo and without.
