@@ -74,3 +74,12 @@ pub const S5_SLEEP_TYPE: u8 = 5;
 
 /// Guest physical address of the I/O APIC's page.
 pub const IO_APIC_BASE: u64 = 0xfec0_0000;
+/// End of the guest physical addresses from [`IO_APIC_BASE`] on that belong to the interrupt
+/// controllers: memory is never there.
+pub const INTERRUPT_CONTROLLERS_END: u64 = 0xff00_0000;
+
+/// Whether `gpa` is one of the interrupt controllers'.
+#[inline(always)]
+pub const fn is_interrupt_controller(gpa: u64) -> bool {
+    gpa.wrapping_sub(IO_APIC_BASE) < INTERRUPT_CONTROLLERS_END - IO_APIC_BASE
+}

@@ -1,6 +1,7 @@
 //! A guest as a whole: what all its vCPUs share.
 
 use super::memory::GuestMemory;
+use super::slots::{Mapping, SlotKind, Slots};
 use crate::addr::{Gpa, Hva, PAGE_SIZE};
 use crate::devices::chipset::{Chipset, ChipsetConfig};
 use crate::devices::{Clock, Ticks};
@@ -33,6 +34,8 @@ pub struct Vm {
     ept: Mutex<Ept<HostFrames>>,
     apic_access: Box<ApicAccessPage>,
     mtrrs: Mtrrs,
+    /// The memory type of everything behind the slots, where that is one: mostly.
+    memory_type: Option<MemoryType>,
 }
 
 /// What the chipset wants, as it was when somebody last let go of it: a vCPU looks
@@ -107,6 +110,7 @@ impl Vm {
         clock: Clock,
         host: Host<'_>,
     ) -> Result<Self, EptError> {
+        let memory_type = memory_type_of_all(guest_memory.slots(), &host.mtrrs);
         Ok(Self {
             name: config.name.clone(),
             vcpus: config.vcpus,
@@ -126,6 +130,7 @@ impl Vm {
             )?),
             apic_access: Box::new(ApicAccessPage { _unread: [0; 4096] }),
             mtrrs: host.mtrrs,
+            memory_type,
         })
     }
 
@@ -189,33 +194,47 @@ impl Vm {
     /// # Errors
     /// When there is no slot that allows the access, or no frame for a table.
     pub fn map_page(&self, gpa: Gpa, write: bool) -> Result<(), Unmapped> {
-        if write && !self.memory.is_writable(gpa) {
-            return Err(Unmapped::NoSlot);
-        }
+        let slot = self.memory.slots().find(gpa).ok_or(Unmapped::NoSlot)?;
+        let permissions = match slot.kind {
+            SlotKind::Ram => Permissions::all(),
+            SlotKind::Rom if write => return Err(Unmapped::NoSlot),
+            SlotKind::Rom => Permissions::READ | Permissions::EXECUTE,
+        };
         let mut ept = self.ept.lock();
         for size in PageSize::LARGEST_FIRST {
-            let Some(mapping) = self.memory.slots().mapping(gpa, size.bytes()) else {
-                return Err(Unmapped::NoSlot);
+            let Some(page) = slot.page(gpa, size.bytes()) else {
+                continue;
             };
-            if mapping.size != size.bytes() {
+            if !ept.has_pages_of(size) {
                 continue;
             }
-            let memory_type = match self.mtrrs.uniform(mapping.hpa, mapping.size) {
+            let memory_type = match self.memory_type_of(&page) {
                 Some(memory_type) => memory_type,
                 None if size == PageSize::Size4K => MemoryType::Uncacheable,
                 None => continue,
             };
-            let permissions = match mapping.kind {
-                super::slots::SlotKind::Ram => Permissions::all(),
-                super::slots::SlotKind::Rom => Permissions::READ | Permissions::EXECUTE,
-            };
-            match ept.map(mapping.gpa, mapping.hpa, size, permissions, memory_type) {
+            return ept
+                .map(page.gpa, page.hpa, size, permissions, memory_type)
                 // A page that was not present needs no invalidation (SDM 3, 29.4.3.1).
-                Ok(_) => return Ok(()),
-                Err(EptError::PageSize(_)) => {}
-                Err(error) => return Err(Unmapped::Ept(error)),
-            }
+                .map(|_| ())
+                .map_err(Unmapped::Ept);
         }
         Err(Unmapped::NoSlot)
     }
+
+    /// The memory type of a whole page, if it has one.
+    #[inline]
+    fn memory_type_of(&self, page: &Mapping) -> Option<MemoryType> {
+        self.memory_type
+            .or_else(|| self.mtrrs.uniform(page.hpa, page.size))
+    }
+}
+
+/// The memory type of everything behind `slots`, if that is one.
+fn memory_type_of_all(slots: &Slots, mtrrs: &Mtrrs) -> Option<MemoryType> {
+    let mut types = slots
+        .iter()
+        .map(|slot| mtrrs.uniform(slot.backing, slot.len));
+    let first = types.next().flatten();
+    first.filter(|_| types.all(|other| other == first))
 }

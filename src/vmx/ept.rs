@@ -263,6 +263,12 @@ impl<M: TableMemory> Ept<M> {
         })
     }
 
+    /// Whether pages of this size can be mapped.
+    #[inline]
+    pub fn has_pages_of(&self, size: PageSize) -> bool {
+        self.capabilities.page_size(size)
+    }
+
     /// The value for the VMCS.
     pub fn pointer(&self) -> Result<EptPointer, EptError> {
         EptPointer::new(self.root.base, self.capabilities)
