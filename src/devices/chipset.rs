@@ -165,13 +165,15 @@ impl Chipset {
     }
 
     /// Reads the I/O APIC's page.
-    pub fn io_apic_read(&mut self, now: Ticks, offset: u64, width: Width) -> u64 {
-        self.interrupts.read_io_apic(now, offset, width)
+    #[inline]
+    pub fn io_apic_read(&self, offset: u64, width: Width) -> u64 {
+        self.interrupts.read_io_apic(offset, width)
     }
 
     /// Writes the I/O APIC's page.
-    pub fn io_apic_write(&mut self, now: Ticks, offset: u64, width: Width, value: u64) {
-        self.interrupts.write_io_apic(now, offset, width, value);
+    #[inline]
+    pub fn io_apic_write(&mut self, offset: u64, width: Width, value: u64) {
+        self.interrupts.write_io_apic(offset, width, value);
     }
 
     /// Brings every timed device up to `now` and its line to the interrupt controllers.

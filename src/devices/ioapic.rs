@@ -7,7 +7,7 @@
 //! deliver it. A level-triggered pin is due again only after its vector's EOI,
 //! so a line that stays high costs one message per EOI and never a loop here.
 
-use super::{DeliveryMode, Destination, Device, Message, Ticks, Trigger, Width};
+use super::{DeliveryMode, Destination, Message, Trigger, Width};
 
 /// Inputs, and so redirection entries.
 pub const PINS: u8 = 24;
@@ -273,12 +273,12 @@ impl IoApic {
         }
         self.evaluate(pin);
     }
-}
 
-/// Registers are 32 bits wide. A narrower access moves those bytes of one, as the
-/// bus's byte enables say; bytes beyond it do not exist.
-impl Device for IoApic {
-    fn read(&mut self, _now: Ticks, offset: u64, width: Width) -> u64 {
+    /// The value of the register at `offset` in the page, in the low bits. Registers are
+    /// 32 bits wide. A narrower access moves those bytes of one, as the bus's byte
+    /// enables say; bytes beyond it do not exist.
+    #[inline]
+    pub fn read(&self, offset: u64, width: Width) -> u64 {
         let register = match offset & !3 {
             offset::SELECT => u32::from(self.select),
             offset::WINDOW => self.window(),
@@ -288,7 +288,9 @@ impl Device for IoApic {
         u64::from(register) >> (8 * (offset & 3)) & width.mask()
     }
 
-    fn write(&mut self, _now: Ticks, offset: u64, width: Width, value: u64) {
+    /// Writes the low bits of `value` to the register at `offset` in the page.
+    #[inline]
+    pub fn write(&mut self, offset: u64, width: Width, value: u64) {
         let shift = 8 * (offset & 3);
         let lanes = (width.mask() << shift) as u32;
         let value = (value << shift) as u32 & lanes;

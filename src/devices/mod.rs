@@ -71,28 +71,3 @@ impl Width {
         }
     }
 }
-
-/// A device with registers.
-///
-/// `now` never decreases from one call to the next. Nothing that a guest
-/// passes may panic: an unknown offset or an odd width reads as all ones (of
-/// the width) or as the real part would, and a write there vanishes.
-pub trait Device {
-    /// The value of the register at `offset` (from the start of the device's
-    /// range), in the low bits.
-    fn read(&mut self, now: Ticks, offset: u64, width: Width) -> u64;
-
-    /// Writes the low bits of `value` to the register at `offset`.
-    fn write(&mut self, now: Ticks, offset: u64, width: Width, value: u64);
-
-    /// Brings the device's state and its lines up to `now`.
-    fn advance(&mut self, now: Ticks) {
-        let _ = now;
-    }
-
-    /// When [`Device::advance`] has to be called at the latest, for a line
-    /// that will change by itself; `None` when none will.
-    fn deadline(&self) -> Option<Ticks> {
-        None
-    }
-}

@@ -208,6 +208,7 @@ impl Vcpu {
 
     fn set_long_mode(&mut self, on: bool, efer: u64) {
         let entry = self.vmx.controls.entry;
+        self.moves.clear();
         if on {
             self.vmcs.write(guest::EFER, efer | EFER_LMA);
             self.vmcs.write(

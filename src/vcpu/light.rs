@@ -7,10 +7,12 @@
 use super::events::Exception;
 use super::msr::number::{TSC_ADJUST, TSC_DEADLINE, X2APIC_EOI, X2APIC_ICR, X2APIC_SELF_IPI};
 use super::{Attention, Vcpu};
-use crate::arch::registers::LightRegisters;
-use crate::devices::Width;
-use crate::vmx::entry::{LightTable, Verdict};
-use crate::vmx::exit::{InterruptionInfo, IoAccess};
+use crate::addr::Gpa;
+use crate::arch::registers::{GeneralRegisters, LightRegisters};
+use crate::devices::{Width, pc};
+use crate::vmx::apic::ApicPageAccess;
+use crate::vmx::entry::{LightTable, Verdict, WithAll, with_all};
+use crate::vmx::exit::{EptViolation, InterruptionInfo, IoAccess};
 use crate::vmx::exit_reason::{REASONS, number};
 use crate::vmx::vmcs::information;
 
@@ -29,7 +31,9 @@ pub(super) static TABLE: LightTable<Vcpu> = {
     table[number::WRMSR] = wrmsr;
     table[number::PAUSE] = skip;
     table[number::TPR_BELOW_THRESHOLD] = look_at_events;
+    table[number::APIC_ACCESS] = with_all::<Vcpu, ApicAccesses>;
     table[number::VIRTUALIZED_EOI] = virtualized_eoi;
+    table[number::EPT_VIOLATION] = with_all::<Vcpu, EptViolations>;
     table[number::PREEMPTION_TIMER] = preemption_timer;
     table[number::WBINVD] = skip;
     table[number::XSETBV] = xsetbv;
@@ -208,6 +212,59 @@ extern "C" fn io_wide(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdic
     let access = IoAccess::decode(vcpu.vmcs.read_basic(information::EXIT_QUALIFICATION));
     let result = vcpu.port(access, registers);
     vcpu.conclude(result)
+}
+
+/// Memory that is mapped on first use, and devices in memory.
+struct EptViolations;
+
+impl WithAll<Vcpu> for EptViolations {
+    extern "C" fn answer(vcpu: &mut Vcpu, registers: &mut GeneralRegisters) -> Verdict {
+        let gpa = Gpa(vcpu.vmcs.read_basic(information::GUEST_PHYSICAL_ADDRESS));
+        let qualification = vcpu.vmcs.read_basic(information::EXIT_QUALIFICATION);
+        let vectoring = InterruptionInfo(vcpu.vmcs.read_basic(information::IDT_VECTORING_INFO));
+        if !pc::is_interrupt_controller(gpa.0)
+            || !EptViolation::is_data_access(qualification)
+            || vectoring.is_valid()
+        {
+            return Verdict::HEAVY;
+        }
+        let Some(plan) = vcpu.known_move() else {
+            return Verdict::HEAVY;
+        };
+        if plan.store {
+            vcpu.device_write(gpa, plan.width, plan.stored(registers));
+        } else {
+            let value = vcpu.device_read(gpa, plan.width);
+            plan.load(registers, value);
+        }
+        vcpu.complete_access(plan.length);
+        vcpu.verdict()
+    }
+}
+
+/// The local APIC's page, without register virtualization.
+struct ApicAccesses;
+
+impl WithAll<Vcpu> for ApicAccesses {
+    extern "C" fn answer(vcpu: &mut Vcpu, registers: &mut GeneralRegisters) -> Verdict {
+        let qualification = vcpu.vmcs.read_basic(information::EXIT_QUALIFICATION);
+        let access = ApicPageAccess::decode(qualification);
+        if !access.is_operand() || vcpu.tier.delivers() {
+            return Verdict::HEAVY;
+        }
+        let Some(plan) = vcpu.known_move() else {
+            return Verdict::HEAVY;
+        };
+        let offset = access.offset.into();
+        if plan.store {
+            vcpu.local_apic_write(offset, plan.width, plan.stored(registers));
+        } else {
+            let value = vcpu.local_apic_read(offset, plan.width);
+            plan.load(registers, value);
+        }
+        vcpu.complete_access(plan.length);
+        vcpu.verdict()
+    }
 }
 
 impl Vcpu {

@@ -1,13 +1,14 @@
 //! EPT violations: memory that is mapped on first use, and device registers in memory.
 
-use super::emulate::{self, Bus, EmulateError, Mode, Segment};
+use super::emulate::{self, Bus, Decoded, EmulateError, Mode, Move, Segment};
 use super::events::{Exception, RFLAGS_RF};
+use super::known_moves::Context;
 use super::run::End;
 use super::walk::{self, Operation, Paging, PhysicalRead, WalkError};
 use super::{Attention, Vcpu};
 use crate::addr::{Gpa, Gva, PAGE_SIZE};
 use crate::arch::registers::GeneralRegisters;
-use crate::devices::local_apic::{Action, Mode as ApicMode};
+use crate::devices::local_apic::{Action, Mode as ApicMode, register};
 use crate::devices::{Width, pc};
 use crate::vm::machine::Unmapped;
 use crate::vm::memory::GuestMemory;
@@ -41,15 +42,13 @@ impl Vcpu {
             self.block_nmis_again();
         }
         match self.vm.map_page(violation.gpa, violation.write) {
-            Ok(()) => Ok(()),
+            Ok(()) => {}
             Err(Unmapped::NoSlot) if delivering => {
                 self.end(End::NoMemoryForDelivery(violation.gpa));
-                Ok(())
             }
             Err(Unmapped::NoSlot) if violation.execute || !violation.final_access => {
                 // Code or page tables where there is no memory.
                 self.end(End::NoMemory(violation.gpa));
-                Ok(())
             }
             Err(Unmapped::NoSlot) => {
                 let access = if violation.write {
@@ -57,13 +56,45 @@ impl Vcpu {
                 } else {
                     emulate::Access::Read
                 };
-                self.device_access(violation.gpa, access, registers)
+                return self.device_access(violation.gpa, access, registers);
             }
-            Err(Unmapped::Ept(error)) => {
-                self.end(End::Ept(error));
-                Ok(())
-            }
+            Err(Unmapped::Ept(error)) => self.end(End::Ept(error)),
         }
+        Ok(())
+    }
+
+    /// The plain move that accesses a device, where it is known: what the rest of
+    /// [`Vcpu::device_access`] would find.
+    #[inline(always)]
+    pub(super) fn known_move(&self) -> Option<Move> {
+        self.moves.find(&self.vm.memory, self.context())
+    }
+
+    #[inline(always)]
+    fn context(&self) -> Context {
+        Context {
+            rip: self.vmcs.read_basic(guest::RIP),
+            cr3: self.vmcs.read_basic(guest::CR3),
+            rights: self.vmcs.read_basic(guest::CS_ACCESS_RIGHTS),
+        }
+    }
+
+    /// Keeps the plain move that `code` is, for [`Vcpu::known_move`].
+    fn remember_move(&mut self, code: &[u8], plan: Move) {
+        let (context, paging) = (self.context(), self.paging());
+        self.moves
+            .remember(&self.vm.memory, &paging, context, code, plan);
+    }
+
+    /// Ends an instruction of `length` bytes whose access has exited.
+    #[inline(always)]
+    pub(super) fn complete_access(&mut self, length: u8) {
+        // Such an exit saves RF set (SDM 3, 28.3.3); a completed instruction clears it.
+        let rflags = self.vmcs.read_basic(guest::RFLAGS);
+        if rflags & RFLAGS_RF != 0 {
+            self.vmcs.write(guest::RFLAGS, rflags & !RFLAGS_RF);
+        }
+        self.advance_rip(length.into());
     }
 
     /// Emulates the instruction that accesses the device at `gpa`.
@@ -98,8 +129,16 @@ impl Vcpu {
             vcpu: self,
         };
         let code = bytes.get(..fetched).unwrap_or_default();
-        let outcome = emulate::emulate(code, mode, access, registers, &mut rflags, &mut bus);
+        let decoded = Decoded::new(code, mode);
+        let outcome =
+            decoded.and_then(|decoded| decoded.emulate(access, registers, &mut rflags, &mut bus));
         let fault = bus.fault.take();
+        if long
+            && let Ok(decoded) = decoded
+            && let Some(plan) = decoded.plain_move()
+        {
+            self.remember_move(code, plan);
+        }
         match outcome {
             Ok(outcome) => {
                 // An EPT violation saves RF set (SDM 3, 28.3.3); a completed instruction clears it.
@@ -209,40 +248,62 @@ impl Vcpu {
         Ok(())
     }
 
-    fn device_read(&mut self, gpa: Gpa, width: Width) -> u64 {
-        let now = self.now();
+    #[inline(always)]
+    pub(super) fn device_read(&mut self, gpa: Gpa, width: Width) -> u64 {
         let offset = gpa.offset_in(PAGE_SIZE);
         match self.device_at(gpa) {
-            Device::LocalApic => self.apic.mmio_read(now, offset, width),
-            Device::IoApic => self.with_chipset(|chipset| chipset.io_apic_read(now, offset, width)),
+            Device::LocalApic => self.local_apic_read(offset, width),
+            Device::IoApic => self.with_chipset(|chipset| chipset.io_apic_read(offset, width)),
             Device::Nothing => width.mask(),
         }
     }
 
-    fn device_write(&mut self, gpa: Gpa, width: Width, value: u64) {
-        let now = self.now();
+    #[inline(always)]
+    pub(super) fn device_write(&mut self, gpa: Gpa, width: Width, value: u64) {
         let offset = gpa.offset_in(PAGE_SIZE);
         match self.device_at(gpa) {
-            Device::LocalApic => {
-                let action = self.apic.mmio_write(now, offset, width, value);
-                self.act(action);
-            }
+            Device::LocalApic => self.local_apic_write(offset, width, value),
             Device::IoApic => {
-                self.with_chipset(|chipset| chipset.io_apic_write(now, offset, width, value));
+                self.with_chipset(|chipset| chipset.io_apic_write(offset, width, value));
             }
             Device::Nothing => {}
         }
     }
 
+    #[inline(always)]
     fn device_at(&self, gpa: Gpa) -> Device {
         let page = gpa.align_down(PAGE_SIZE).0;
-        if self.apic.mode() == ApicMode::XApic && page == self.apic.base_msr() & !0xfff {
+        if self.apic.mode() == ApicMode::XApic && page == self.apic.address() {
             Device::LocalApic
         } else if page == pc::IO_APIC_BASE {
             Device::IoApic
         } else {
             Device::Nothing
         }
+    }
+
+    pub(super) fn local_apic_read(&mut self, offset: u64, width: Width) -> u64 {
+        self.apic.mmio_read(self.now(), offset, width)
+    }
+
+    /// Writes the local APIC's page. What a busy guest writes there has a way of its own.
+    #[inline(always)]
+    pub(super) fn local_apic_write(&mut self, offset: u64, width: Width, value: u64) {
+        const EOI: u64 = register::EOI as u64;
+        const ICR: u64 = register::ICR as u64;
+        match (offset, width) {
+            (EOI, Width::Dword) if !self.tier.delivers() => self.eoi(),
+            (ICR, Width::Dword) if self.apic.xapic_self_ipi(value as u32) => {
+                self.attend_to(Attention::EVENTS);
+            }
+            _ => self.local_apic_write_other(offset, width, value),
+        }
+    }
+
+    #[inline(never)]
+    fn local_apic_write_other(&mut self, offset: u64, width: Width, value: u64) {
+        let action = self.apic.mmio_write(self.now(), offset, width, value);
+        self.act(action);
     }
 
     /// The guest ends an interrupt.

@@ -15,6 +15,7 @@ pub mod events;
 mod exceptions;
 pub mod exits;
 pub mod io;
+mod known_moves;
 mod light;
 pub mod mmio;
 pub mod model_specific;
@@ -40,6 +41,7 @@ use alloc::sync::Arc;
 use attention::Attention;
 use cpuid::CpuidTable;
 use events::{Pending, Raised};
+use known_moves::KnownMoves;
 use msr::Msrs;
 
 pub use run::End;
@@ -79,6 +81,8 @@ pub struct Vcpu {
     system_time_version: u32,
     /// CR4 bits that the guest may set.
     cr4_allowed: u64,
+    /// Instructions that have touched devices.
+    moves: Box<KnownMoves>,
     /// A byte of console input that the guest's receiver had no room for.
     console_input: Option<u8>,
     attention: Attention,

@@ -176,13 +176,19 @@ impl Vcpu {
         }
     }
 
+    /// Where the register at `offset` of the APIC's page is.
+    #[inline]
+    pub(super) fn apic_register(&self, offset: u16) -> Gpa {
+        Gpa(self.apic.address() | u64::from(offset))
+    }
+
     /// An access to the APIC's page that the CPU leaves to us.
     pub(super) fn apic_page(
         &mut self,
         access: ApicPageAccess,
         registers: &mut GeneralRegisters,
     ) -> Result<(), Exception> {
-        let gpa = Gpa(self.apic.address() | u64::from(access.offset));
+        let gpa = self.apic_register(access.offset);
         let access = match access.kind {
             ApicPageAccessKind::Read => emulate::Access::Read,
             ApicPageAccessKind::Write => emulate::Access::Write,

@@ -4,10 +4,10 @@
 //! reference to it: bytes are copied in and out. This is the one place above
 //! `vmx` with `unsafe` code.
 
-use super::slots::{SlotKind, Slots};
+use super::slots::Slots;
 use crate::addr::Gpa;
 use core::fmt;
-use core::ptr;
+use core::ptr::{self, NonNull};
 
 /// The guest has no memory at this address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,23 +129,56 @@ impl GuestMemory {
         Ok(u64::from_le_bytes(bytes))
     }
 
+    /// Where a `T` is in the host; `None` where it is not in one slot.
+    fn locate<T>(&self, gpa: Gpa) -> Option<*const T> {
+        let slot = self.slots.find(gpa)?;
+        let inside = gpa.0 - slot.start.0;
+        let host = slot.backing.wrapping_add(inside).wrapping_add(self.offset);
+        (slot.len - inside >= size_of::<T>() as u64).then_some(host.0 as *const T)
+    }
+
     /// Where an aligned `T` is in the host, to be read by one load: another
     /// vCPU may change a page-table entry at any time, and half of the old one
     /// with half of the new one is an entry that never was.
     fn aligned<T>(&self, gpa: Gpa) -> Option<*const T> {
-        let size = size_of::<T>() as u64;
-        let slot = self.slots.find(gpa)?;
-        let inside = gpa.0 - slot.start.0;
-        let host = slot.backing.wrapping_add(inside).wrapping_add(self.offset);
-        let whole = slot.len - inside >= size;
-        (whole && host.is_aligned(size)).then_some(host.0 as *const T)
+        self.locate::<T>(gpa).filter(|host| host.is_aligned())
     }
 
-    /// Whether the guest may write at `gpa`.
-    pub fn is_writable(&self, gpa: Gpa) -> bool {
-        self.slots
-            .find(gpa)
-            .is_some_and(|slot| slot.kind == SlotKind::Ram)
+    /// Eight bytes, little endian, to be looked at again later; `None` where they are not
+    /// in one slot.
+    pub fn sight(&self, gpa: Gpa) -> Option<Sighting> {
+        let host = self.locate::<u64>(gpa)?;
+        // SAFETY: `locate` gives addresses inside a slot, whose backing is mapped.
+        let value = u64::from_le(unsafe { host.read_unaligned() });
+        Some(Sighting {
+            host: NonNull::new(host.cast_mut())?,
+            value,
+        })
+    }
+
+    /// Whether `seen`, of this memory, is what is there now.
+    #[inline(always)]
+    pub fn still_has(&self, seen: &Sighting) -> bool {
+        debug_assert!(self.slots.iter().any(|slot| {
+            let start = slot.backing.wrapping_add(self.offset).0;
+            (seen.host.as_ptr() as u64).wrapping_sub(start) <= slot.len - 8
+        }));
+        // SAFETY: as in `sight`; the slots never change.
+        u64::from_le(unsafe { seen.host.as_ptr().read_unaligned() }) == seen.value
+    }
+}
+
+/// Eight bytes of a guest's memory, as they were once.
+#[derive(Clone, Copy, Debug)]
+pub struct Sighting {
+    host: NonNull<u64>,
+    value: u64,
+}
+
+impl Sighting {
+    /// What they were, little endian.
+    pub const fn value(&self) -> u64 {
+        self.value
     }
 }
 
@@ -153,7 +186,7 @@ impl GuestMemory {
 mod tests {
     use super::*;
     use crate::addr::Hpa;
-    use crate::vm::slots::Slot;
+    use crate::vm::slots::{Slot, SlotKind};
     use proptest::prelude::*;
 
     #[test]
@@ -183,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn rom_is_written_by_the_hypervisor_alone() {
+    fn rom_is_written_by_the_hypervisor() {
         let mut bytes = vec![0u8; 4096];
         let rom = Slot {
             start: Gpa(0xf_f000),
@@ -194,7 +227,6 @@ mod tests {
         let memory = GuestMemory::new(Slots::new(vec![rom]).unwrap(), 0);
         memory.fill(Gpa(0xf_fff0), 16, 0xf4).unwrap();
         assert_eq!(memory.read_u32(Gpa(0xf_fffc)), Ok(0xf4f4_f4f4));
-        assert!(!memory.is_writable(Gpa(0xf_fff0)) && !memory.is_writable(Gpa(0)));
     }
 
     proptest! {
@@ -224,6 +256,14 @@ mod tests {
                 let mut bytes = [0; 8];
                 memory.read(Gpa(at), &mut bytes).unwrap();
                 prop_assert_eq!(bytes, value.to_le_bytes());
+                let seen = memory.sight(Gpa(at));
+                prop_assert_eq!(seen.is_some(), at % 4096 <= 4088);
+                if let Some(seen) = seen {
+                    prop_assert_eq!(seen.value(), value);
+                    prop_assert!(memory.still_has(&seen));
+                    memory.write(Gpa(at), &[!value as u8]).unwrap();
+                    prop_assert!(!memory.still_has(&seen));
+                }
             } else {
                 prop_assert_eq!(memory.read_u64(Gpa(at)), Err(OutOfSlot { gpa: Gpa(8192) }));
             }

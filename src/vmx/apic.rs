@@ -180,6 +180,15 @@ impl ApicPageAccess {
             },
         }
     }
+
+    /// Whether an instruction's operand was accessed.
+    #[inline]
+    pub const fn is_operand(self) -> bool {
+        matches!(
+            self.kind,
+            ApicPageAccessKind::Read | ApicPageAccessKind::Write
+        )
+    }
 }
 
 #[cfg(test)]

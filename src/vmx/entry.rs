@@ -13,11 +13,11 @@
 //!
 //! An exit takes one of two ways. The stub stores the ten registers that
 //! compiled code may change, counts the exit by its reason and calls the *light*
-//! handler of that reason: a table of functions that see RAX, RBX, RCX and RDX. Mostly
-//! that was all, and the ten are loaded again. Where the light handler says so, the
-//! other five are stored too and the *heavy* handler is called, which sees all
-//! of them and may leave the run. Nothing else is saved on either way, because
-//! the hypervisor touches nothing else.
+//! handler of that reason: a table of functions that see RAX, RBX, RCX and RDX, or by
+//! way of [`with_all`] all but RSP. Mostly that was all, and the ten are loaded again.
+//! Where the light handler says so, the other five are stored too and the *heavy*
+//! handler is called, which sees all of them and may leave the run. Nothing else is
+//! saved on either way, because the hypervisor touches nothing else.
 //!
 //! # How long exits take
 //!
@@ -57,6 +57,34 @@ const STACK_PAGES: u64 = 8;
 
 /// Answers one exit that needs no more than these registers.
 pub type LightHandler<G> = extern "C" fn(&mut G, &mut LightRegisters) -> Verdict;
+
+/// A light handler that sees all registers but the stack pointer: see [`with_all`].
+pub trait WithAll<G> {
+    /// Answers the exit.
+    extern "C" fn answer(guest: &mut G, registers: &mut GeneralRegisters) -> Verdict;
+}
+
+/// The light handler that `H` is: stores what the stub has not, and loads it again.
+#[unsafe(naked)]
+pub extern "C" fn with_all<G, H: WithAll<G>>(_: &mut G, _: &mut LightRegisters) -> Verdict {
+    naked_asm!(
+        "mov [rsi + 8 * 5], rbp",
+        "mov [rsi + 8 * 12], r12",
+        "mov [rsi + 8 * 13], r13",
+        "mov [rsi + 8 * 14], r14",
+        "mov [rsi + 8 * 15], r15",
+        "push rsi",
+        "call {answer}",
+        "pop rsi",
+        "mov rbp, [rsi + 8 * 5]",
+        "mov r12, [rsi + 8 * 12]",
+        "mov r13, [rsi + 8 * 13]",
+        "mov r14, [rsi + 8 * 14]",
+        "mov r15, [rsi + 8 * 15]",
+        "ret",
+        answer = sym H::answer,
+    )
+}
 
 /// Light handlers by basic exit reason.
 pub type LightTable<G> = [LightHandler<G>; REASONS];
@@ -212,38 +240,62 @@ impl<G: Guest> Timed<G> {
     const TABLE: &'static LightTable<G> = &[timed::<G>; REASONS];
 }
 
-/// Stands for each light handler, and passes [`time`] what the stub still knows: the
-/// reason in EAX, and that the registers are the beginning of the frame.
+/// Stands for each light handler, between [`begin`] and [`finish`]. It passes on what the stub
+/// still knows: the reason in EAX, and that the registers are the beginning of the
+/// frame; and the registers that the stub has not stored, which the handler may look for.
 #[unsafe(naked)]
 extern "C" fn timed<G: Guest>(_: &mut G, _: &mut LightRegisters) -> Verdict {
-    naked_asm!("mov edx, eax", "jmp {time}", time = sym time::<G>)
+    naked_asm!(
+        "push rsi",
+        "push rdi",
+        "sub rsp, 8",
+        "mov rdi, rsi",
+        "mov esi, eax",
+        "call {begin}",
+        "add rsp, 8",
+        "pop rdi",
+        "mov rsi, [rsp]",
+        "call rax",
+        "pop rdi",
+        "mov esi, eax",
+        "jmp {finish}",
+        begin = sym begin::<G>,
+        finish = sym finish::<G>,
+    )
 }
 
-/// Calls the light handler of `reason`. Where that answers, the exit has ended.
+/// Begins an exit: gives the light handler of `reason`.
 ///
 /// # Safety
-/// `frame` is the one of the vCPU that exited, whose guest is `guest`.
-unsafe extern "C" fn time<G: Guest>(guest: &mut G, frame: *mut Frame, reason: usize) -> Verdict {
+/// `frame` is the one of the vCPU that exited.
+unsafe extern "C" fn begin<G: Guest>(frame: *mut Frame, reason: usize) -> LightHandler<G> {
     let start = rdtsc();
-    // SAFETY: the registers are the handlers' while the guest does not run.
-    let registers = unsafe { (*frame).registers.light() };
-    let verdict = G::LIGHT[reason % REASONS](guest, registers);
+    // SAFETY: the caller's promise; nobody else uses this field.
+    unsafe { (*frame).unfinished = Unfinished { reason, start } };
+    G::LIGHT[reason % REASONS]
+}
+
+/// Where the light handler's `verdict` is that it has answered, the exit has ended.
+///
+/// # Safety
+/// `frame` is the one of the vCPU that exited, for which [`begin`] was called.
+unsafe extern "C" fn finish<G: Guest>(frame: *mut Frame, verdict: Verdict) -> Verdict {
     // SAFETY: the caller's promise; nobody else uses these two fields.
     unsafe {
         if verdict == Verdict::RESUME {
+            let Unfinished { reason, start } = (*frame).unfinished;
             record(frame, reason, start);
         } else {
-            (*frame).unfinished = Unfinished { reason, start };
             (*frame).handler = answer_timed::<G>;
         }
     }
     verdict
 }
 
-/// Records that an exit has ended that [`time`] saw begin at `start`.
+/// Records that an exit has ended that [`begin`] saw begin at `start`.
 ///
 /// # Safety
-/// As for [`time`].
+/// As for [`finish`].
 #[inline(always)]
 unsafe fn record(frame: *const Frame, reason: usize, start: u64) {
     // SAFETY: the caller's promise; `times` was set before the table that leads here, and
@@ -255,12 +307,12 @@ unsafe fn record(frame: *const Frame, reason: usize, start: u64) {
     }
 }
 
-/// [`answer`] for an exit that [`time`] has begun, whatever the table is by now.
+/// [`answer`] for an exit that [`begin`] has begun, whatever the table is by now.
 ///
 /// # Safety
 /// As for [`answer`].
 unsafe extern "C" fn answer_timed<G: Guest>(frame: *mut Frame, verdict: Verdict) -> Next {
-    // SAFETY: the caller's promise, and that of `time`.
+    // SAFETY: the caller's promise, and that of `finish`.
     unsafe {
         (*frame).handler = answer::<G>;
         let Unfinished { reason, start } = (*frame).unfinished;

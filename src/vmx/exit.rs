@@ -196,6 +196,17 @@ pub struct EptViolation {
 }
 
 impl EptViolation {
+    /// Whether this exit qualification is that of an instruction's access to data, and of
+    /// no IRET that had ended the blocking of NMIs.
+    #[inline(always)]
+    pub const fn is_data_access(qualification: u64) -> bool {
+        const FETCH: u64 = 1 << 2;
+        const LINEAR: u64 = 1 << 7;
+        const FINAL: u64 = 1 << 8;
+        const UNBLOCKED_NMIS: u64 = 1 << 12;
+        qualification & (FETCH | LINEAR | FINAL | UNBLOCKED_NMIS) == LINEAR | FINAL
+    }
+
     fn decode(vmcs: &Vmcs) -> Self {
         let qualification = vmcs.read(information::EXIT_QUALIFICATION);
         let linear = qualification & 1 << 7 != 0;

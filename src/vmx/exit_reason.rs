@@ -17,11 +17,13 @@ pub mod number {
     pub const WRMSR: usize = 32;
     pub const PAUSE: usize = 40;
     pub const TPR_BELOW_THRESHOLD: usize = 43;
+    pub const APIC_ACCESS: usize = 44;
     pub const VIRTUALIZED_EOI: usize = 45;
-    pub const APIC_WRITE: usize = 56;
+    pub const EPT_VIOLATION: usize = 48;
     pub const PREEMPTION_TIMER: usize = 52;
     pub const WBINVD: usize = 54;
     pub const XSETBV: usize = 55;
+    pub const APIC_WRITE: usize = 56;
 }
 
 /// The name of a basic exit reason.

@@ -2,7 +2,7 @@
 
 use crate::devices::ioapic::IoApic;
 use crate::devices::pic::Pic;
-use crate::devices::{Device, Line, Message, Ticks, Width, pc};
+use crate::devices::{Line, Message, Width, pc};
 
 /// 8259s and I/O APIC, fed by the same lines.
 #[derive(Clone, Debug)]
@@ -61,13 +61,15 @@ impl Interrupts {
     }
 
     /// Reads the I/O APIC's page.
-    pub fn read_io_apic(&mut self, now: Ticks, offset: u64, width: Width) -> u64 {
-        self.io_apic.read(now, offset, width)
+    #[inline]
+    pub fn read_io_apic(&self, offset: u64, width: Width) -> u64 {
+        self.io_apic.read(offset, width)
     }
 
     /// Writes the I/O APIC's page.
-    pub fn write_io_apic(&mut self, now: Ticks, offset: u64, width: Width, value: u64) {
-        self.io_apic.write(now, offset, width, value);
+    #[inline]
+    pub fn write_io_apic(&mut self, offset: u64, width: Width, value: u64) {
+        self.io_apic.write(offset, width, value);
     }
 
     /// The next message of the I/O APIC.

@@ -42,10 +42,10 @@ const PICS: [(u16, u8); 10] = [
 ];
 
 fn redirect(chipset: &mut Chipset, pin: u64, low: u64) {
-    chipset.io_apic_write(NOW, 0, Width::Dword, 0x11 + 2 * pin);
-    chipset.io_apic_write(NOW, 0x10, Width::Dword, 0);
-    chipset.io_apic_write(NOW, 0, Width::Dword, 0x10 + 2 * pin);
-    chipset.io_apic_write(NOW, 0x10, Width::Dword, low);
+    chipset.io_apic_write(0, Width::Dword, 0x11 + 2 * pin);
+    chipset.io_apic_write(0x10, Width::Dword, 0);
+    chipset.io_apic_write(0, Width::Dword, 0x10 + 2 * pin);
+    chipset.io_apic_write(0x10, Width::Dword, low);
 }
 
 /// Channel 0 at 1 kHz.
@@ -248,7 +248,7 @@ proptest! {
                 3 | 4 => prop_assert!(u64::from(chipset.port_read(now, port, width)) <= width.mask()),
                 5 => { chipset.serial_input(now, value as u8); }
                 6 => { chipset.acknowledge_pic(); }
-                _ => chipset.io_apic_write(now, u64::from(port & 0x1f), width, value.into()),
+                _ => chipset.io_apic_write(u64::from(port & 0x1f), width, value.into()),
             }
             while chipset.serial_output().is_some() {}
             while chipset.take_message().is_some() {}

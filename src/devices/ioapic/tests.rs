@@ -1,16 +1,14 @@
 use super::*;
 use proptest::prelude::*;
 
-const NOW: Ticks = Ticks(0);
-
 fn write(io_apic: &mut IoApic, index: u8, value: u32) {
-    io_apic.write(NOW, 0x00, Width::Dword, index.into());
-    io_apic.write(NOW, 0x10, Width::Dword, value.into());
+    io_apic.write(0x00, Width::Dword, index.into());
+    io_apic.write(0x10, Width::Dword, value.into());
 }
 
 fn read(io_apic: &mut IoApic, index: u8) -> u32 {
-    io_apic.write(NOW, 0x00, Width::Dword, index.into());
-    io_apic.read(NOW, 0x10, Width::Dword) as u32
+    io_apic.write(0x00, Width::Dword, index.into());
+    io_apic.read(0x10, Width::Dword) as u32
 }
 
 fn program(io_apic: &mut IoApic, pin: u8, low: u32, destination: u8) {
@@ -60,18 +58,18 @@ fn what_software_can_write() {
 #[test]
 fn narrow_accesses_move_their_bytes() {
     let mut io_apic = IoApic::new(0);
-    io_apic.write(NOW, 0x00, Width::Byte, 0x10);
-    io_apic.write(NOW, 0x10, Width::Dword, 0x1_0931);
-    io_apic.write(NOW, 0x10, Width::Byte, 0x32);
-    io_apic.write(NOW, 0x12, Width::Word, 0);
-    assert_eq!(io_apic.read(NOW, 0x10, Width::Qword), 0x0932);
-    assert_eq!(io_apic.read(NOW, 0x10, Width::Byte), 0x32);
-    assert_eq!(io_apic.read(NOW, 0x11, Width::Word), 0x09);
+    io_apic.write(0x00, Width::Byte, 0x10);
+    io_apic.write(0x10, Width::Dword, 0x1_0931);
+    io_apic.write(0x10, Width::Byte, 0x32);
+    io_apic.write(0x12, Width::Word, 0);
+    assert_eq!(io_apic.read(0x10, Width::Qword), 0x0932);
+    assert_eq!(io_apic.read(0x10, Width::Byte), 0x32);
+    assert_eq!(io_apic.read(0x11, Width::Word), 0x09);
     // Not the byte that selects.
-    io_apic.write(NOW, 0x01, Width::Byte, 0x01);
-    assert_eq!(io_apic.read(NOW, 0x00, Width::Dword), 0x10);
-    assert_eq!(io_apic.read(NOW, 0x40, Width::Dword), 0);
-    assert_eq!(io_apic.read(NOW, 0x20, Width::Dword), 0);
+    io_apic.write(0x01, Width::Byte, 0x01);
+    assert_eq!(io_apic.read(0x00, Width::Dword), 0x10);
+    assert_eq!(io_apic.read(0x40, Width::Dword), 0);
+    assert_eq!(io_apic.read(0x20, Width::Dword), 0);
 }
 
 #[test]
@@ -140,7 +138,7 @@ fn a_level_is_sent_once_per_eoi() {
     io_apic.eoi(0x58);
     assert_eq!(drain(&mut io_apic), []);
     // The line is still high.
-    io_apic.write(NOW, 0x40, Width::Dword, 0x59);
+    io_apic.write(0x40, Width::Dword, 0x59);
     assert_eq!(drain(&mut io_apic), [message]);
     io_apic.set_line(9, false, false);
     io_apic.eoi(0x59);
@@ -221,12 +219,12 @@ proptest! {
         let mut io_apic = IoApic::new(0);
         for (kind, offset, width, value) in steps {
             match kind {
-                0 => io_apic.write(NOW, offset, widths[width], value),
+                0 => io_apic.write(offset, widths[width], value),
                 1 => write(&mut io_apic, 0x10 + value as u8 % 0x30, (value >> 8) as u32),
                 2 => io_apic.set_line(value as u8 % 32, value & 0x100 != 0, value & 0x300 == 0x100),
                 _ => io_apic.eoi(value as u8),
             }
-            io_apic.read(NOW, offset, widths[width]);
+            io_apic.read(offset, widths[width]);
             prop_assert!(drain(&mut io_apic).len() <= usize::from(PINS));
             prop_assert_eq!(io_apic.waiting, 0);
             for (pin, entry) in io_apic.entries.iter().enumerate() {

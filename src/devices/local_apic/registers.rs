@@ -225,6 +225,21 @@ impl LocalApic {
         known
     }
 
+    /// The same in xAPIC mode, for a write of 32 bits to the ICR: `low` with the
+    /// shorthand, or with the identifier that its upper half has been given.
+    #[inline]
+    pub fn xapic_self_ipi(&mut self, low: u32) -> bool {
+        let low = low & icr::WRITABLE;
+        let destination = self.page.get(register::ICR_HIGH) >> 24;
+        let known = icr::is_fixed_to_itself(low)
+            || icr::is_fixed_to(low) && destination == self.id & 0xff && destination != 0xff;
+        if known {
+            self.page.set(register::ICR, low);
+            self.send_to_itself(low as u8);
+        }
+        known
+    }
+
     /// Writes a register in x2APIC mode that is not a command.
     #[inline(never)]
     fn x2apic_write(&mut self, now: Ticks, offset: u16, value: u64) -> Result<(), Fault> {

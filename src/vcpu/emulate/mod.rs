@@ -5,9 +5,10 @@
 //! to the device goes to a [`Bus`], and registers and flags are left as the CPU
 //! would leave them. Covered are the integer instructions that compilers and
 //! kernels use on device registers; anything else is an error before anything
-//! has changed.
+//! has changed. Nearly all are plain moves, which have a form of their own ([`Move`]).
 
 mod alu;
+mod moves;
 
 #[cfg(test)]
 mod tests;
@@ -16,6 +17,7 @@ use crate::arch::registers::GeneralRegisters;
 use crate::devices::Width;
 use alu::{Binary, Unary};
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
+pub use moves::Move;
 
 /// The code segment's size: CS.L and CS.D.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,40 +86,64 @@ pub struct Outcome {
     pub advance: u8,
 }
 
-/// Emulates the instruction that starts `bytes` (up to 15 of them), whose
-/// access of kind `access` failed.
-///
-/// `registers` holds the guest's stack pointer too when the instruction may
-/// use the stack. A string instruction with a repeat prefix does one iteration.
-pub fn emulate(
-    bytes: &[u8],
+/// An instruction, decoded.
+#[derive(Clone, Copy, Debug)]
+pub struct Decoded {
+    instruction: Instruction,
     mode: Mode,
-    access: Access,
-    registers: &mut GeneralRegisters,
-    rflags: &mut u64,
-    bus: &mut impl Bus,
-) -> Result<Outcome, EmulateError> {
-    let bitness = match mode {
-        Mode::Bits16 => 16,
-        Mode::Bits32 => 32,
-        Mode::Bits64 => 64,
-    };
-    let instruction = Decoder::new(bitness, bytes, DecoderOptions::NONE).decode();
-    if instruction.is_invalid() {
-        return Err(EmulateError::Undecodable);
+}
+
+impl Decoded {
+    /// Decodes the instruction that starts `bytes` (up to 15 of them).
+    ///
+    /// # Errors
+    /// [`EmulateError::Undecodable`].
+    pub fn new(bytes: &[u8], mode: Mode) -> Result<Self, EmulateError> {
+        let bitness = match mode {
+            Mode::Bits16 => 16,
+            Mode::Bits32 => 32,
+            Mode::Bits64 => 64,
+        };
+        let instruction = Decoder::new(bitness, bytes, DecoderOptions::NONE).decode();
+        if instruction.is_invalid() {
+            return Err(EmulateError::Undecodable);
+        }
+        Ok(Self { instruction, mode })
     }
-    let mut step = Step {
-        instruction,
-        mode,
-        access,
-        registers,
-        rflags,
-        bus,
-    };
-    let done = step.execute()?;
-    Ok(Outcome {
-        advance: if done { instruction.len() as u8 } else { 0 },
-    })
+
+    /// The plain move that it is, if it is one.
+    pub fn plain_move(&self) -> Option<Move> {
+        Move::of(&self.instruction)
+    }
+
+    /// Emulates it: its access of kind `access` failed.
+    ///
+    /// `registers` holds the guest's stack pointer too when the instruction may
+    /// use the stack. A string instruction with a repeat prefix does one iteration.
+    ///
+    /// # Errors
+    /// When it is not emulated, or its other operand is not there.
+    pub fn emulate(
+        &self,
+        access: Access,
+        registers: &mut GeneralRegisters,
+        rflags: &mut u64,
+        bus: &mut impl Bus,
+    ) -> Result<Outcome, EmulateError> {
+        let instruction = self.instruction;
+        let mut step = Step {
+            instruction,
+            mode: self.mode,
+            access,
+            registers,
+            rflags,
+            bus,
+        };
+        let done = step.execute()?;
+        Ok(Outcome {
+            advance: if done { instruction.len() as u8 } else { 0 },
+        })
+    }
 }
 
 /// A general register, or a part of one.
@@ -166,6 +192,32 @@ enum Place {
     Immediate(u64),
 }
 
+/// What operand number `operand` is.
+fn place(instruction: &Instruction, operand: u32) -> Result<Place, EmulateError> {
+    match instruction.op_kind(operand) {
+        OpKind::Register => Gpr::new(instruction.op_register(operand))
+            .map(Place::Register)
+            .ok_or(EmulateError::Unsupported),
+        OpKind::Memory => Width::from_bytes(instruction.memory_size().size() as u64)
+            .map(Place::Device)
+            .ok_or(EmulateError::Unsupported),
+        _ => instruction
+            .try_immediate(operand)
+            .map(Place::Immediate)
+            .map_err(|_| EmulateError::Unsupported),
+    }
+}
+
+/// The first two operands, of which exactly one is the device.
+fn places(instruction: &Instruction) -> Result<(Place, Place), EmulateError> {
+    let places = (place(instruction, 0)?, place(instruction, 1)?);
+    match places {
+        (Place::Device(_), Place::Device(_)) => Err(EmulateError::Unsupported),
+        (Place::Device(_), _) | (_, Place::Device(_)) => Ok(places),
+        _ => Err(EmulateError::Unsupported),
+    }
+}
+
 /// One instruction on its way.
 struct Step<'a, B> {
     instruction: Instruction,
@@ -210,32 +262,6 @@ impl<B: Bus> Step<'_, B> {
         Ok(true)
     }
 
-    fn place(&self, operand: u32) -> Result<Place, EmulateError> {
-        let instruction = &self.instruction;
-        match instruction.op_kind(operand) {
-            OpKind::Register => Gpr::new(instruction.op_register(operand))
-                .map(Place::Register)
-                .ok_or(EmulateError::Unsupported),
-            OpKind::Memory => Width::from_bytes(instruction.memory_size().size() as u64)
-                .map(Place::Device)
-                .ok_or(EmulateError::Unsupported),
-            _ => instruction
-                .try_immediate(operand)
-                .map(Place::Immediate)
-                .map_err(|_| EmulateError::Unsupported),
-        }
-    }
-
-    /// The first two operands, of which exactly one is the device.
-    fn places(&self) -> Result<(Place, Place), EmulateError> {
-        let places = (self.place(0)?, self.place(1)?);
-        match places {
-            (Place::Device(_), Place::Device(_)) => Err(EmulateError::Unsupported),
-            (Place::Device(_), _) | (_, Place::Device(_)) => Ok(places),
-            _ => Err(EmulateError::Unsupported),
-        }
-    }
-
     fn read(&mut self, place: Place) -> u64 {
         match place {
             Place::Register(gpr) => {
@@ -277,7 +303,7 @@ impl<B: Bus> Step<'_, B> {
 
     /// The second operand to the first, through `change`, which is told the second's width.
     fn copy(&mut self, change: impl Fn(u64, Width) -> u64) -> Result<(), EmulateError> {
-        let (to, from) = self.places()?;
+        let (to, from) = places(&self.instruction)?;
         let value = self.read(from);
         let value = change(value, self.width(from, to));
         self.write(to, value);
@@ -285,7 +311,7 @@ impl<B: Bus> Step<'_, B> {
     }
 
     fn exchange(&mut self) -> Result<(), EmulateError> {
-        let (first, second) = self.places()?;
+        let (first, second) = places(&self.instruction)?;
         let (a, b) = (self.read(first), self.read(second));
         self.write(first, b);
         self.write(second, a);
@@ -293,7 +319,7 @@ impl<B: Bus> Step<'_, B> {
     }
 
     fn binary(&mut self, operation: Binary) -> Result<(), EmulateError> {
-        let (to, from) = self.places()?;
+        let (to, from) = places(&self.instruction)?;
         let width = self.width(to, from);
         let (a, b) = (self.read(to), self.read(from));
         let (value, flags) = operation.compute(a, b, width, *self.rflags);
@@ -305,7 +331,7 @@ impl<B: Bus> Step<'_, B> {
     }
 
     fn unary(&mut self, operation: Unary) -> Result<(), EmulateError> {
-        let place @ Place::Device(width) = self.place(0)? else {
+        let place @ Place::Device(width) = place(&self.instruction, 0)? else {
             return Err(EmulateError::Unsupported);
         };
         let value = self.read(place);
@@ -317,7 +343,7 @@ impl<B: Bus> Step<'_, B> {
 
     /// The stack's width in 64-bit mode; elsewhere SS decides, which is not known here.
     fn stack_operand(&self, access: Access) -> Result<Width, EmulateError> {
-        match self.place(0)? {
+        match place(&self.instruction, 0)? {
             Place::Device(width) if self.access == access && self.mode == Mode::Bits64 => Ok(width),
             _ => Err(EmulateError::Unsupported),
         }

@@ -71,6 +71,17 @@ fn start() -> GeneralRegisters {
     registers
 }
 
+fn emulate(
+    bytes: &[u8],
+    mode: Mode,
+    access: Access,
+    registers: &mut GeneralRegisters,
+    rflags: &mut u64,
+    bus: &mut impl Bus,
+) -> Result<Outcome, EmulateError> {
+    Decoded::new(bytes, mode)?.emulate(access, registers, rflags, bus)
+}
+
 fn run_from(
     registers: GeneralRegisters,
     rflags: u64,
@@ -503,4 +514,70 @@ proptest! {
             }
         }
     }
+
+    /// A plain move does what the instruction does without its short way.
+    #[test]
+    fn plain_moves_do_the_same(code in code(), mode in any_mode()) {
+        let Ok(decoded) = Decoded::new(&code, mode) else {
+            return Ok(());
+        };
+        let Some(plain) = decoded.plain_move() else {
+            return Ok(());
+        };
+        let access = if plain.store { W } else { R };
+        let long = run_from(start(), FLAGS, mode, access, &code).unwrap();
+        let mut bus = Recorder { value: DEVICE, ..Default::default() };
+        let mut registers = start();
+        if plain.store {
+            bus.write(plain.width, plain.stored(&registers));
+        } else {
+            let value = bus.read(plain.width);
+            plain.load(&mut registers, value & plain.width.mask());
+        }
+        prop_assert_eq!((registers, bus.log), (long.registers, long.log));
+        prop_assert_eq!((plain.length, FLAGS), (long.advance, long.rflags));
+    }
+}
+
+fn any_mode() -> impl Strategy<Value = Mode> {
+    proptest::sample::select(&[Mode::Bits16, Mode::Bits32, Mode::Bits64][..])
+}
+
+/// Fifteen bytes that begin with a move, often; else with anything.
+fn code() -> impl Strategy<Value = Vec<u8>> {
+    const PREFIXES: &[&[u8]] = &[
+        &[],
+        &[0x66],
+        &[0x67],
+        &[0x40],
+        &[0x48],
+        &[0x4c],
+        &[0x66, 0x45],
+    ];
+    const MOVES: &[&[u8]] = &[
+        &[0x88],
+        &[0x89],
+        &[0x8a],
+        &[0x8b],
+        &[0xc6],
+        &[0xc7],
+        &[0xa0],
+        &[0xa1],
+        &[0xa2],
+        &[0xa3],
+        &[0x0f, 0xb6],
+        &[0x0f, 0xb7],
+        &[0x0f, 0xbe],
+        &[0x8c],
+        &[],
+    ];
+    let head = (
+        proptest::sample::select(PREFIXES),
+        proptest::sample::select(MOVES),
+    );
+    (head, prop::collection::vec(any::<u8>(), 15)).prop_map(|((prefix, opcode), rest)| {
+        let mut code = [prefix, opcode, &rest].concat();
+        code.truncate(15);
+        code
+    })
 }

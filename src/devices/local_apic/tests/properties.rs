@@ -212,4 +212,30 @@ proptest! {
             }
         }
     }
+
+    /// The short ways of a command to oneself do what a write of the register does.
+    #[test]
+    fn self_ipis_are_commands(
+        low in prop_oneof![any::<u32>(), (16..=255u32, any::<bool>()).prop_map(|(vector, short)| vector | u32::from(short) << 18)],
+        destination in prop_oneof![Just(3u32), Just(0xff), any::<u32>()], enabled: bool,
+    ) {
+        let start = if enabled { xapic() } else { disabled() };
+        let mut general = start.clone();
+        set(&mut general, 0x310, u64::from(destination) << 24);
+        let mut short = general.clone();
+        let action = set(&mut general, 0x300, low.into());
+        if short.xapic_self_ipi(low) {
+            prop_assert_eq!((format!("{short:?}"), action), (format!("{general:?}"), None));
+        } else {
+            prop_assert!(low & 0xfff00 != 1 << 18 && (low & 0xcff00 != 0 || destination as u8 != 3));
+        }
+
+        let mut general = x2apic();
+        let mut short = general.clone();
+        let command = u64::from(destination) << 32 | u64::from(low & 0xc_cfff);
+        let action = general.msr_write(NOW, 0x830, command);
+        if short.x2apic_self_ipi(command) {
+            prop_assert_eq!((format!("{short:?}"), action), (format!("{general:?}"), Ok(None)));
+        }
+    }
 }

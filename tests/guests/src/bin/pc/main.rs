@@ -10,6 +10,7 @@ mod interrupts;
 mod io_apic;
 mod legacy;
 mod local_apic;
+mod mmio;
 mod msr;
 mod tables;
 mod uart;
@@ -28,4 +29,5 @@ fn run() {
     legacy::check_all();
     uart::check_all();
     io_apic::check_all();
+    mmio::check_all();
 }
