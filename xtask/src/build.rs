@@ -137,8 +137,7 @@ fn efi_application(program: &Program, env: &[(&str, &Path)], file: &str) -> Resu
     let application = pe::convert(&paths::read(&elf)?)
         .with_context(|| format!("cannot make an EFI application of {}", program.name))?;
     let path = program.folder.join(file);
-    std::fs::write(&path, application)
-        .with_context(|| format!("cannot write {}", path.display()))?;
+    paths::write(&path, &application)?;
     Ok(path)
 }
 

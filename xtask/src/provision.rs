@@ -112,7 +112,7 @@ impl<'a> Provisioner<'a> {
                 let _lock = self.lock()?;
                 let package = dependency(&self.apt_cache(&["show", KERNEL])?, "linux-image-")
                     .with_context(|| format!("the package {KERNEL} names no kernel"))?;
-                replace(&record, package.as_bytes())?;
+                paths::write(&record, package.as_bytes())?;
                 package
             }
         };
@@ -347,14 +347,6 @@ fn dependency(description: &str, prefix: &str) -> Option<String> {
         .map(str::trim)
         .find(|name| name.starts_with(prefix))
         .map(str::to_owned)
-}
-
-/// Writes a file so that it is never seen half written.
-fn replace(path: &Path, contents: &[u8]) -> Result<()> {
-    let new = path.with_extension("new");
-    fs::write(&new, contents)
-        .and_then(|()| fs::rename(&new, path))
-        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Runs a command to its end, which must be a good one.

@@ -1,7 +1,7 @@
 //! The parts of the nested rig (`machine/rig.rs`): the archive of files with
 //! which Linux runs QEMU, from the installed QEMU or the package's.
 
-use super::{Provisioner, output, replace};
+use super::{Provisioner, output};
 use crate::cpio::Archive;
 use crate::guest::lz4_legacy;
 use crate::machine::Emulator;
@@ -58,8 +58,8 @@ impl Provisioner<'_> {
         }
         self.progress.stage("packing QEMU for the nested rig");
         let _ = fs::remove_file(&record);
-        replace(&archive, &lz4_legacy(&pack(&items)?))?;
-        replace(&record, contents.as_bytes())?;
+        paths::write(&archive, &lz4_legacy(&pack(&items)?))?;
+        paths::write(&record, contents.as_bytes())?;
         Ok(archive)
     }
 
