@@ -92,6 +92,12 @@ impl LightRegisters {
         self.rax = value & 0xffff_ffff;
         self.rdx = value >> 32;
     }
+
+    /// Loads AL and leaves the rest of RAX.
+    #[inline(always)]
+    pub const fn set_al(&mut self, value: u8) {
+        self.rax = self.rax & !0xff | value as u64;
+    }
 }
 
 const _: () = assert!(size_of::<GeneralRegisters>() == 16 * size_of::<u64>());

@@ -131,6 +131,19 @@ impl Chipset {
         }
     }
 
+    /// [`Chipset::port_read`] of a byte of the 8259s ([`pc::is_pic`]): of all devices those that
+    /// an interrupt's handler touches, and they need no time.
+    #[inline(always)]
+    pub fn pic_read(&mut self, port: u16) -> u8 {
+        self.interrupts.read_pic(port).unwrap_or(0xff)
+    }
+
+    /// [`Chipset::port_write`], likewise.
+    #[inline(always)]
+    pub fn pic_write(&mut self, port: u16, value: u8) {
+        self.interrupts.write_pic(port, value);
+    }
+
     #[cold]
     fn count_unclaimed(&mut self) {
         self.unclaimed = self.unclaimed.saturating_add(1);

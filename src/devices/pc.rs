@@ -22,6 +22,14 @@ pub const SCI_IRQ: u8 = 9;
 pub const PIC_MASTER: u16 = 0x20;
 /// See [`PIC_MASTER`].
 pub const PIC_SLAVE: u16 = 0xa0;
+
+/// Whether `port` is one of these four.
+#[inline(always)]
+pub const fn is_pic(port: u16) -> bool {
+    const DIFFERENT: u16 = PIC_MASTER ^ PIC_SLAVE | 1;
+    port & !DIFFERENT == PIC_MASTER
+}
+
 /// Edge/level control registers of the master and, in the next port, of the slave.
 pub const ELCR: u16 = 0x4d0;
 /// The 8254: three counters and, in the fourth port, the control word.

@@ -332,8 +332,8 @@ impl Pic {
     #[inline]
     pub fn read(&mut self, port: u16) -> Option<u8> {
         let chip = match port {
-            0x20 | 0x21 => &mut self.master,
-            0xa0 | 0xa1 => &mut self.slave,
+            0x20 | 0x21 => &self.master,
+            0xa0 | 0xa1 => &self.slave,
             0x4d0 => return Some(self.master.level_triggered),
             0x4d1 => return Some(self.slave.level_triggered),
             _ => return None,
@@ -341,10 +341,20 @@ impl Pic {
         if !chip.poll {
             return Some(chip.read(port & 1 != 0));
         }
-        // A poll is an acknowledge cycle.
+        Some(self.poll(port))
+    }
+
+    /// A poll is an acknowledge cycle.
+    #[cold]
+    fn poll(&mut self, port: u16) -> u8 {
+        let chip = if port & 0x80 == 0 {
+            &mut self.master
+        } else {
+            &mut self.slave
+        };
         let value = chip.poll();
         self.update();
-        Some(value)
+        value
     }
 
     /// Writes a port; false if it is none of the pair's.

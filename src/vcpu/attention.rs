@@ -47,9 +47,7 @@ impl Vcpu {
         if self.apic.has_requests() {
             self.attend_to(Attention::EVENTS);
         }
-        if let Some(deadline) = self.apic.deadline()
-            && self.timer.is_after(deadline)
-        {
+        if self.apic.expires_before(self.timer.deadline()) {
             self.attend_to(Attention::DEVICES);
         }
     }

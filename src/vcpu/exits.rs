@@ -129,7 +129,9 @@ impl Vcpu {
 
     #[inline]
     pub(super) fn preemption_timer(&mut self) {
-        self.attend_to(Attention::DEVICES);
+        if !self.deliver_timer() {
+            self.attend_to(Attention::DEVICES);
+        }
     }
 
     fn exception_or_nmi(&mut self, info: InterruptionInfo) {

@@ -84,6 +84,15 @@ extern "C" fn wrmsr(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict 
 
 #[inline(never)]
 extern "C" fn wrmsr_tsc_deadline(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict {
+    if !vcpu.arm_tsc_deadline(registers.edx_eax()) {
+        return wrmsr_any_tsc_deadline(vcpu, registers);
+    }
+    vcpu.skip_instruction();
+    vcpu.verdict()
+}
+
+#[inline(never)]
+extern "C" fn wrmsr_any_tsc_deadline(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict {
     vcpu.set_tsc_deadline(vcpu.now(), registers.edx_eax());
     vcpu.skip_instruction();
     vcpu.verdict()
@@ -180,29 +189,41 @@ extern "C" fn io(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict {
         return Verdict::HEAVY;
     }
     match (access.bytes, access.input) {
-        (1, true) => input_byte(vcpu, registers),
-        (1, false) => output_byte(vcpu, registers),
+        (1, true) if pc::is_pic(access.port) => pic_read(vcpu, registers, access.port),
+        (1, false) if pc::is_pic(access.port) => pic_write(vcpu, registers, access.port),
+        (1, true) => input_byte(vcpu, registers, access.port),
+        (1, false) => output_byte(vcpu, registers, access.port),
         _ => io_wide(vcpu, registers),
     }
 }
 
-/// The port of the access that exited.
-#[inline(always)]
-fn port(vcpu: &Vcpu) -> u16 {
-    IoAccess::decode(vcpu.vmcs.read_basic(information::EXIT_QUALIFICATION)).port
-}
-
 #[inline(never)]
-extern "C" fn input_byte(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict {
-    let value = vcpu.port_in(port(vcpu), Width::Byte);
-    registers.rax = registers.rax & !0xff | u64::from(value) & 0xff;
+extern "C" fn pic_read(vcpu: &mut Vcpu, registers: &mut LightRegisters, port: u16) -> Verdict {
+    let value = vcpu.with_chipset(|chipset| chipset.pic_read(port));
+    registers.set_al(value);
     vcpu.skip_instruction();
     vcpu.verdict()
 }
 
 #[inline(never)]
-extern "C" fn output_byte(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict {
-    vcpu.port_out(port(vcpu), Width::Byte, registers.rax as u32);
+extern "C" fn pic_write(vcpu: &mut Vcpu, registers: &mut LightRegisters, port: u16) -> Verdict {
+    let value = registers.rax as u8;
+    vcpu.with_chipset(|chipset| chipset.pic_write(port, value));
+    vcpu.skip_instruction();
+    vcpu.verdict()
+}
+
+#[inline(never)]
+extern "C" fn input_byte(vcpu: &mut Vcpu, registers: &mut LightRegisters, port: u16) -> Verdict {
+    let value = vcpu.port_in(port, Width::Byte);
+    registers.set_al(value as u8);
+    vcpu.skip_instruction();
+    vcpu.verdict()
+}
+
+#[inline(never)]
+extern "C" fn output_byte(vcpu: &mut Vcpu, registers: &mut LightRegisters, port: u16) -> Verdict {
+    vcpu.port_out(port, Width::Byte, registers.rax as u32);
     vcpu.skip_instruction();
     vcpu.verdict()
 }

@@ -16,6 +16,7 @@ mod exceptions;
 pub mod exits;
 pub mod io;
 mod known_moves;
+mod lead;
 mod light;
 pub mod mmio;
 pub mod model_specific;
@@ -42,6 +43,7 @@ use attention::Attention;
 use cpuid::CpuidTable;
 use events::{Pending, Raised};
 use known_moves::KnownMoves;
+use lead::Lead;
 use msr::Msrs;
 
 pub use run::End;
@@ -87,6 +89,7 @@ pub struct Vcpu {
     console_input: Option<u8>,
     attention: Attention,
     timer: timer::EntryTimer,
+    halt_lead: Lead,
     /// Why the guest is to be left.
     leave: Option<Leave>,
 }

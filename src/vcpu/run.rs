@@ -3,12 +3,13 @@
 
 use super::events::Raised;
 use super::timer::NEVER;
+use super::tsc::ticks_since;
 use super::{Attention, Leave, Vcpu};
 use crate::addr::{Gpa, Gva};
 use crate::arch::cpu;
 use crate::devices::Ticks;
 use crate::devices::chipset::Chipset;
-use crate::host::time;
+use crate::host::{console, time};
 use crate::vm::boot::EntryState;
 use crate::vmx::check::{self, FieldReader};
 use crate::vmx::entry::{Entry, Left, Next};
@@ -117,6 +118,14 @@ impl fmt::Display for End {
     }
 }
 
+/// What a wait in HLT has ended with.
+enum Woken {
+    Now,
+    /// The local APIC's timer has expired, and that is when.
+    For(Ticks),
+    Never,
+}
+
 impl Vcpu {
     /// Runs the guest to its end, and shows what its console still holds.
     pub fn run(&mut self, entry: &mut Entry<Self>, start: &EntryState) -> End {
@@ -130,10 +139,16 @@ impl Vcpu {
     fn run_to_end(&mut self, entry: &mut Entry<Self>, start: &EntryState) -> End {
         *entry.registers() = super::state::entry_registers(start);
         live_state::reset(self.cpuid.xcr0_supported());
+        self.attend_to(Attention::CONSOLE);
+        let mut woken = Woken::Now;
         loop {
             // What a wait, or the start, has changed.
-            self.attend_to(Attention::DEVICES | Attention::CONSOLE);
+            self.attend_to(Attention::DEVICES);
             self.look_around();
+            if let Woken::For(due) = woken {
+                let started = self.vm.started;
+                self.halt_lead.wait(due, || ticks_since(started));
+            }
             let left = entry.run(self);
             match left {
                 Left::Handler => {}
@@ -143,10 +158,12 @@ impl Vcpu {
                     return self.failed(End::EntryRefused(Some(VmInstructionError(error))));
                 }
             }
-            match self.leave.take() {
-                None => {}
-                Some(Leave::Halt) if self.wait() => {}
-                Some(Leave::Halt) => return self.failed(End::HaltedForever),
+            woken = match self.leave.take() {
+                None => Woken::Now,
+                Some(Leave::Halt) => match self.wait() {
+                    Woken::Never => return self.failed(End::HaltedForever),
+                    woken => woken,
+                },
                 Some(Leave::End(end)) => return self.failed(end),
             }
         }
@@ -201,23 +218,34 @@ impl Vcpu {
         }
     }
 
-    /// Waits in HLT until the guest has something to do; false if it never will.
-    fn wait(&mut self) -> bool {
+    /// Waits in HLT until the guest has something to do. For the local APIC's timer it
+    /// wakes up a little early.
+    fn wait(&mut self) -> Woken {
+        self.pump_console();
         loop {
             let now = self.now();
-            self.pump_console();
+            let mut woken = Woken::Now;
+            let due = self.next_deadline();
+            if self.apic.expires_by(due) && self.halt_lead.has_come(due, now) {
+                self.apic.advance(due);
+                woken = Woken::For(due);
+            }
             self.advance(now);
             if self.has_wake_event() {
-                return true;
+                return woken;
             }
             if self.interrupts_are_off() {
-                return false;
+                return Woken::Never;
             }
             let deadline = self.next_deadline();
             if deadline != NEVER {
-                time::arm(deadline.0.saturating_sub(now.0));
+                let asked = self.ask_before(deadline, self.halt_lead);
+                time::arm(asked.0.saturating_sub(now.0));
             }
             self.admit_interrupts(cpu::wait_for_interrupt);
+            if console::has_moved() {
+                self.pump_console();
+            }
         }
     }
 

@@ -5,6 +5,7 @@ use super::control_registers;
 use super::cpuid::{self, CpuidTable};
 use super::events::Pending;
 use super::exceptions;
+use super::lead::Lead;
 use super::msr::number::{BIOS_SIGN_ID, MISC_ENABLE};
 use super::msr::{self, MISC_ENABLE_FAST_STRINGS, Msrs};
 use super::timer::EntryTimer;
@@ -184,7 +185,8 @@ impl Vcpu {
             system_time_version: 0,
             console_input: None,
             attention: Attention::empty(),
-            timer: EntryTimer::new(),
+            timer: EntryTimer::new(vm.clock),
+            halt_lead: Lead::new(vm.clock),
             leave: None,
             vm,
             vmx,

@@ -7,7 +7,8 @@
 //! set at each exit, and one without it has the host's local APIC interrupt.
 
 use super::Vcpu;
-use crate::devices::Ticks;
+use super::lead::Lead;
+use crate::devices::{Clock, Ticks};
 use crate::host::time;
 use crate::vmx::vmcs::guest;
 
@@ -28,11 +29,18 @@ pub(super) struct EntryTimer {
     budget: u32,
     /// The guest exits after as many ticks at the latest.
     slice: Ticks,
+    lead: Lead,
 }
 
 pub(super) const NEVER: Ticks = Ticks(u64::MAX);
 
 impl EntryTimer {
+    /// What it is set for.
+    #[inline(always)]
+    pub(super) const fn deadline(&self) -> Ticks {
+        self.deadline
+    }
+
     /// Whether `deadline` comes before the one that this is set for.
     #[inline]
     pub(super) fn is_after(&self, deadline: Ticks) -> bool {
@@ -40,12 +48,13 @@ impl EntryTimer {
     }
 
     /// Not set yet.
-    pub(super) const fn new() -> Self {
+    pub(super) const fn new(clock: Clock) -> Self {
         Self {
             deadline: NEVER,
             light_exits: 0,
             budget: 0,
             slice: NEVER,
+            lead: Lead::new(clock),
         }
     }
 
@@ -77,11 +86,45 @@ impl Vcpu {
         self.apic.deadline().map_or(chipset, |own| own.min(chipset))
     }
 
+    /// When to ask for what is due at `deadline`: earlier by `lead`, if that is the local
+    /// APIC's timer.
+    #[inline]
+    pub(super) fn ask_before(&self, deadline: Ticks, lead: Lead) -> Ticks {
+        if self.apic.expires_by(deadline) {
+            lead.before(deadline)
+        } else {
+            deadline
+        }
+    }
+
     /// Makes the guest exit at the next deadline.
     #[inline]
     pub(super) fn set_timer(&mut self, now: Ticks) {
         self.timer.deadline = self.next_deadline();
         self.write_timer(now);
+    }
+
+    /// The guest has exited for the deadline, perhaps a little before it: where all that is
+    /// due is the local APIC's timer, delivers that and waits for the rest; false where it
+    /// is not, and nothing done.
+    #[inline]
+    pub(super) fn deliver_timer(&mut self) -> bool {
+        let due = self.timer.deadline;
+        let now = self.now();
+        let expected = self.attention.is_empty()
+            && self.apic.expires_by(due)
+            && self.timer.lead.has_come(due, now);
+        if !expected {
+            return false;
+        }
+        self.apic.advance(due);
+        self.inject();
+        self.set_timer(now);
+        let started = self.vm.started;
+        self.timer
+            .lead
+            .wait(due, || super::tsc::ticks_since(started));
+        true
     }
 
     /// After a look around that has not set it: sets it when too many exits have left it alone.
@@ -100,7 +143,8 @@ impl Vcpu {
     fn write_timer(&mut self, now: Ticks) {
         let controls = self.vmx.controls;
         let deadline = self.timer.deadline;
-        let ticks = deadline.0.saturating_sub(now.0);
+        let asked = self.ask_before(deadline, self.timer.lead);
+        let ticks = asked.0.saturating_sub(now.0);
         let mut budget = LIGHT_EXITS;
         if controls.has_preemption_timer() {
             if !controls.saves_preemption_timer() {

@@ -5,8 +5,8 @@
 //! reads is that plus IA32_TSC_ADJUST, which it can (SDM 3, 18.17.3): a write
 //! to either moves both by as much.
 
-use super::Vcpu;
 use super::pvclock::{self, Scale, SystemTime, TimeInfo};
+use super::{Attention, Vcpu};
 use crate::devices::Ticks;
 use crate::devices::clock::NANOS;
 use crate::vmx::vmcs::control;
@@ -15,7 +15,7 @@ impl Vcpu {
     /// Ticks since the VM was switched on.
     #[inline]
     pub(super) fn now(&self) -> Ticks {
-        Ticks(crate::arch::cpu::rdtsc().wrapping_sub(self.vm.started))
+        ticks_since(self.vm.started)
     }
 
     /// What RDTSC gives the guest at `now`.
@@ -65,6 +65,17 @@ impl Vcpu {
         self.look_at_apic_timer();
     }
 
+    /// What [`Vcpu::set_tsc_deadline`] does where nothing has expired, nor does with this,
+    /// and the guest has not moved its counter: mostly. Else false, and nothing is done.
+    #[inline(always)]
+    pub(super) fn arm_tsc_deadline(&mut self, value: u64) -> bool {
+        let armed = self.tsc_adjust == 0 && self.apic.arm_tsc_deadline(self.now(), Ticks(value));
+        if armed && self.apic.expires_before(self.timer.deadline()) {
+            self.attend_to(Attention::DEVICES);
+        }
+        armed
+    }
+
     /// Fills the guest's paravirtual clock, if it asked for one.
     pub(super) fn write_system_time(&mut self, now: Ticks) {
         let Ok(SystemTime::At(address)) = SystemTime::from_msr(self.system_time) else {
@@ -80,6 +91,12 @@ impl Vcpu {
         // An address without memory is the guest's mistake and gets nothing.
         let _ = self.vm.memory.write(address, &info.to_bytes());
     }
+}
+
+/// Ticks since the host's counter was `start`.
+#[inline]
+pub(super) fn ticks_since(start: u64) -> Ticks {
+    Ticks(crate::arch::cpu::rdtsc().wrapping_sub(start))
 }
 
 /// A deadline of the guest's counter in ticks since the start. One that was

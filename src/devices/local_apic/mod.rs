@@ -441,6 +441,13 @@ impl LocalApic {
         }
     }
 
+    /// What [`LocalApic::set_tsc_deadline`] does where `deadline` and the one before it are
+    /// still to come. False, and nothing is done, in any other case.
+    #[inline(always)]
+    pub fn arm_tsc_deadline(&mut self, now: Ticks, deadline: Ticks) -> bool {
+        self.timer.arm_tsc_deadline(now, deadline)
+    }
+
     /// Delivers the timer's interrupt when it is due.
     #[inline(never)]
     pub fn advance(&mut self, now: Ticks) {
@@ -458,6 +465,18 @@ impl LocalApic {
     pub fn deadline(&self) -> Option<Ticks> {
         let masked = self.entry(register::LVT_TIMER).is_masked();
         self.timer.deadline().filter(|_| !masked)
+    }
+
+    /// Whether that is before `time`.
+    #[inline(always)]
+    pub fn expires_before(&self, time: Ticks) -> bool {
+        self.timer.expires_before(time) && self.deadline().is_some()
+    }
+
+    /// Whether that is no later than `time`.
+    #[inline]
+    pub fn expires_by(&self, time: Ticks) -> bool {
+        self.timer.is_due(time) && self.deadline().is_some()
     }
 
     /// Not globally disabled, and enabled in the SVR.

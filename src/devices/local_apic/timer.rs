@@ -97,6 +97,12 @@ impl Timer {
         self.deadline.0 <= now.0
     }
 
+    /// Whether the next expiry is before `time`.
+    #[inline(always)]
+    pub const fn expires_before(&self, time: Ticks) -> bool {
+        self.deadline.0 < time.0
+    }
+
     /// Whether the timer expired since the last call. Arms the next period.
     #[inline]
     pub fn expire(&mut self, now: Ticks) -> bool {
@@ -183,6 +189,19 @@ impl Timer {
             self.tsc_deadline = value;
             self.deadline = if value == 0 { NEVER } else { Ticks(value) };
         }
+    }
+
+    /// [`Timer::set_tsc_deadline`] where both this deadline and the one before are still to
+    /// come; false, and nothing is done, in any other case.
+    #[inline(always)]
+    pub const fn arm_tsc_deadline(&mut self, now: Ticks, deadline: Ticks) -> bool {
+        let arms =
+            matches!(self.mode, TimerMode::TscDeadline) && !self.is_due(now) && now.0 < deadline.0;
+        if arms {
+            self.tsc_deadline = deadline.0;
+            self.deadline = deadline;
+        }
+        arms
     }
 
     fn start(&mut self, now: Ticks, count: u32) {

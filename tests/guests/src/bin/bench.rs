@@ -378,10 +378,10 @@ fn interrupts<M: Mode>() {
 fn timers() {
     let far = u64::MAX / 2;
     apic::write(register::DIVIDE, DIVIDE_BY_1);
+    apic::write(register::LVT_TIMER, entry::TSC_DEADLINE | u32::from(TIMER));
     measure("WRMSR TSC deadline", ROUNDS, || {
         write_msr(msr::TSC_DEADLINE, far)
     });
-    apic::write(register::LVT_TIMER, entry::TSC_DEADLINE | u32::from(TIMER));
     wait("timer interrupt, lateness of the handler", || {
         let deadline = arm();
         spin();
