@@ -19,7 +19,7 @@ use super::pit::Pit;
 use super::pm::PowerManagement;
 use super::rtc::{MemorySize, Rtc};
 use super::system::SystemPorts;
-use super::uart::Uart;
+use super::uart::{Output, Uart};
 use super::{Clock, Message, Ticks, Width, pc};
 use interrupts::Interrupts;
 
@@ -256,11 +256,11 @@ impl Chipset {
         accepted
     }
 
-    /// The next byte that the guest has sent to COM1.
-    pub fn serial_output(&mut self) -> Option<u8> {
-        let byte = self.com1.take_output()?;
+    /// Offers what the guest has sent to COM1 to `sink`, which takes as much of it as it likes.
+    pub fn serial_output<R>(&mut self, sink: impl FnOnce(Output<'_>) -> R) -> R {
+        let result = sink(self.com1.output());
         self.wire_com1();
-        Some(byte)
+        result
     }
 
     /// Somebody presses the power button.

@@ -1,7 +1,7 @@
 //! The 16550A serial port (National Semiconductor PC16550D datasheet).
 //!
 //! The line behind it is whoever holds the device: bytes that the guest sends
-//! are fetched with [`Uart::take_output`], and bytes for the guest are offered
+//! are fetched with [`Uart::output`], and bytes for the guest are offered
 //! with [`Uart::receive`]. Sending takes no time as long as the holder fetches;
 //! when it does not, the transmitter stays full and the guest waits as it
 //! would for a slow line. A byte that finds no room is refused, not lost.
@@ -143,13 +143,10 @@ impl Uart {
         self.timeout
     }
 
-    /// The next byte that the guest has sent.
+    /// What the guest has sent: it is gone when the iterator has given it.
     #[inline]
-    pub fn take_output(&mut self) -> Option<u8> {
-        let byte = self.output.pop()?;
-        self.drain();
-        self.update();
-        Some(byte)
+    pub const fn output(&mut self) -> Output<'_> {
+        Output { uart: self }
     }
 
     /// Offers a byte to the receiver; false when it has no room or is looped
@@ -419,6 +416,24 @@ impl Uart {
         // In loop-back the modem outputs are inactive at the pins, OUT2 too.
         let connected = self.modem_control & (mcr::OUT2 | mcr::LOOPBACK) == mcr::OUT2;
         self.line.set(connected && self.source() != iir::NONE);
+    }
+}
+
+/// Takes out of a [`Uart`] what the guest has sent.
+#[derive(Debug)]
+pub struct Output<'a> {
+    uart: &'a mut Uart,
+}
+
+impl Iterator for Output<'_> {
+    type Item = u8;
+
+    #[inline]
+    fn next(&mut self) -> Option<u8> {
+        let byte = self.uart.output.pop()?;
+        self.uart.drain();
+        self.uart.update();
+        Some(byte)
     }
 }
 

@@ -6,8 +6,10 @@
 
 use super::{interrupts, io_apic, serial};
 use crate::arch::cpu::without_interrupts;
+use arrayvec::ArrayVec;
 use core::sync::atomic::{AtomicBool, Ordering};
 use spin::Mutex;
+use uart_16550::spec::FIFO_SIZE;
 
 /// Bytes that wait for the transmitter.
 pub const TRANSMIT_BUFFER: usize = 16 * 1024;
@@ -141,21 +143,24 @@ pub fn start() {
     io_apic::unmask_isa(io_apic::COM1_IRQ);
 }
 
-/// Queues `bytes` for the serial port; how many were taken. Without a serial
-/// port all are, and vanish.
-pub fn write(bytes: &[u8]) -> usize {
+/// Queues `bytes` for the serial port, as many as fit; how many that were. Without a
+/// serial port all are taken, and vanish.
+pub fn write(bytes: impl IntoIterator<Item = u8>) -> usize {
+    let mut bytes = bytes.into_iter();
     if !serial::present() {
-        return bytes.len();
+        return bytes.count();
     }
     with(|console| {
         if !console.running {
-            serial::write_polled(bytes);
-            return bytes.len();
+            return write_polled(bytes);
         }
-        let taken = bytes.len().min(console.transmit.space());
-        bytes[..taken].iter().for_each(|&byte| {
+        let mut taken = 0;
+        while console.transmit.space() > 0
+            && let Some(byte) = bytes.next()
+        {
             console.transmit.push(byte);
-        });
+            taken += 1;
+        }
         // The first bytes go directly: few characters need no interrupt then, and not every UART
         // raises one when that of an empty transmitter is enabled.
         if !is_draining() {
@@ -166,6 +171,19 @@ pub fn write(bytes: &[u8]) -> usize {
         }
         taken
     })
+}
+
+/// Sends all of `bytes`, and waits for that; how many they were.
+fn write_polled(mut bytes: impl Iterator<Item = u8>) -> usize {
+    let mut sent = 0;
+    loop {
+        let burst: ArrayVec<u8, FIFO_SIZE> = bytes.by_ref().take(FIFO_SIZE).collect();
+        if burst.is_empty() {
+            return sent;
+        }
+        serial::write_polled(&burst);
+        sent += burst.len();
+    }
 }
 
 /// How many bytes [`write`] would take now.

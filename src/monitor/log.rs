@@ -53,8 +53,7 @@ fn show(line: &str) {
         return;
     }
     without_interrupts(|| {
-        console::write(text.as_bytes());
-        console::write(b"\r\n");
+        console::write(text.bytes().chain(*b"\r\n"));
     });
 }
 

@@ -138,13 +138,7 @@ impl Vcpu {
         let now = self.now();
         let mut input = self.console_input.take();
         self.with_chipset(|chipset| {
-            let mut space = console::write_space();
-            while space > 0
-                && let Some(byte) = chipset.serial_output()
-            {
-                console::write(&[byte]);
-                space -= 1;
-            }
+            chipset.serial_output(|output| console::write(output));
             // A byte that the receiver has no room for is offered again later.
             while let Some(byte) = input.take().or_else(console::read) {
                 if !chipset.serial_input(now, byte) {

@@ -26,7 +26,7 @@ fn opened(interrupts: u8) -> Uart {
 }
 
 fn output(uart: &mut Uart) -> Vec<u8> {
-    core::iter::from_fn(|| uart.take_output()).collect()
+    uart.output().collect()
 }
 
 /// The steps of Linux's autoconfig().
@@ -73,7 +73,7 @@ fn the_fifo_has_sixteen_bytes() {
         count += 1;
     }
     assert_eq!(count, 16);
-    assert_eq!(uart.take_output(), None, "looped back, not sent");
+    assert_eq!(uart.output().next(), None, "looped back, not sent");
 }
 
 #[test]
@@ -129,10 +129,10 @@ fn a_holder_that_does_not_fetch_stops_the_guest() {
     assert!(!uart.line().level());
     uart.line().take_edge();
     for _ in 0..FIFO_DEPTH - 1 {
-        uart.take_output();
+        uart.output().next();
         assert!(!uart.line().level());
     }
-    uart.take_output();
+    uart.output().next();
     assert!(uart.line().take_edge());
     let rest = output(&mut uart);
     assert_eq!(rest.len(), OUTPUT_DEPTH);
@@ -241,7 +241,7 @@ proptest! {
                 0 => uart.write(now, offset & 7, value),
                 1 => { uart.read(now, offset & 7); }
                 2 => { uart.receive(now, value); }
-                _ => { uart.take_output(); }
+                _ => { uart.output().next(); }
             }
             uart.advance(now);
             prop_assert!(uart.deadline().is_none_or(|t| t > now));
