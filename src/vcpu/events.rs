@@ -125,8 +125,9 @@ impl Vcpu {
     }
 
     /// Whether the exit interrupted the delivery of an event.
+    #[inline(always)]
     pub(super) fn is_delivering(&self) -> bool {
-        InterruptionInfo(self.vmcs.read(information::IDT_VECTORING_INFO)).is_valid()
+        InterruptionInfo(self.vmcs.read_basic(information::IDT_VECTORING_INFO)).is_valid()
     }
 
     /// Remembers an event whose delivery this exit interrupted (SDM 3, 25.9.3); false
@@ -351,6 +352,13 @@ impl Vcpu {
 
     #[inline(always)]
     pub(super) fn advance_rip(&mut self, length: u32) {
+        self.step_over(length);
+        self.trap_single_step();
+    }
+
+    /// The same without the trap.
+    #[inline(always)]
+    pub(super) fn step_over(&mut self, length: u32) {
         let rip = self.vmcs.read_basic(guest::RIP);
         // Where EIP wraps the entry fails: see `wrap_instruction_pointer`.
         self.vmcs
@@ -360,7 +368,6 @@ impl Vcpu {
             self.vmcs
                 .write(guest::INTERRUPTIBILITY, interruptibility & !SHADOW);
         }
-        self.trap_single_step();
     }
 
     /// Outside 64-bit code an instruction pointer beyond 32 bits wraps, and an entry
@@ -380,8 +387,14 @@ impl Vcpu {
     /// completed.
     #[inline(always)]
     pub(super) fn trap_single_step(&mut self) {
+        self.trap_single_step_of(self.vmcs.read_basic(guest::RFLAGS));
+    }
+
+    /// The same, where RFLAGS is at hand.
+    #[inline(always)]
+    pub(super) fn trap_single_step_of(&mut self, rflags: u64) {
         const RFLAGS_TF: u64 = 1 << 8;
-        if self.vmcs.read_basic(guest::RFLAGS) & RFLAGS_TF != 0 {
+        if rflags & RFLAGS_TF != 0 {
             self.set_single_step_trap();
         }
     }

@@ -7,7 +7,6 @@
 use super::events::Exception;
 use super::msr::number::{TSC_ADJUST, TSC_DEADLINE, X2APIC_EOI, X2APIC_ICR, X2APIC_SELF_IPI};
 use super::{Attention, Vcpu};
-use crate::addr::Gpa;
 use crate::arch::registers::{GeneralRegisters, LightRegisters};
 use crate::devices::{Width, pc};
 use crate::vmx::apic::ApicPageAccess;
@@ -240,13 +239,19 @@ struct EptViolations;
 
 impl WithAll<Vcpu> for EptViolations {
     extern "C" fn answer(vcpu: &mut Vcpu, registers: &mut GeneralRegisters) -> Verdict {
-        let gpa = Gpa(vcpu.vmcs.read_basic(information::GUEST_PHYSICAL_ADDRESS));
-        let qualification = vcpu.vmcs.read_basic(information::EXIT_QUALIFICATION);
-        let vectoring = InterruptionInfo(vcpu.vmcs.read_basic(information::IDT_VECTORING_INFO));
-        if !pc::is_interrupt_controller(gpa.0)
-            || !EptViolation::is_data_access(qualification)
-            || vectoring.is_valid()
-        {
+        let violation = EptViolation::decode(&vcpu.vmcs);
+        let gpa = violation.gpa;
+        if violation.unblocked_nmis || vcpu.is_delivering() {
+            return Verdict::HEAVY;
+        }
+        if !pc::is_interrupt_controller(gpa.0) {
+            return if vcpu.vm.fill_page(gpa, violation.write) {
+                vcpu.verdict()
+            } else {
+                Verdict::HEAVY
+            };
+        }
+        if violation.execute || !violation.final_access {
             return Verdict::HEAVY;
         }
         let Some(plan) = vcpu.known_move() else {

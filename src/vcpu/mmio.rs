@@ -94,7 +94,8 @@ impl Vcpu {
         if rflags & RFLAGS_RF != 0 {
             self.vmcs.write(guest::RFLAGS, rflags & !RFLAGS_RF);
         }
-        self.advance_rip(length.into());
+        self.step_over(length.into());
+        self.trap_single_step_of(rflags);
     }
 
     /// Emulates the instruction that accesses the device at `gpa`.

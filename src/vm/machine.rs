@@ -1,8 +1,8 @@
 //! A guest as a whole: what all its vCPUs share.
 
 use super::memory::GuestMemory;
-use super::slots::{Mapping, SlotKind, Slots};
-use crate::addr::{Gpa, Hva, PAGE_SIZE};
+use super::slots::{SlotKind, Slots};
+use crate::addr::{Gpa, Hpa, Hva, PAGE_SIZE};
 use crate::devices::chipset::{Chipset, ChipsetConfig};
 use crate::devices::{Clock, Ticks};
 use crate::host::memory::paging;
@@ -194,40 +194,78 @@ impl Vm {
     /// # Errors
     /// When there is no slot that allows the access, or no frame for a table.
     pub fn map_page(&self, gpa: Gpa, write: bool) -> Result<(), Unmapped> {
-        let slot = self.memory.slots().find(gpa).ok_or(Unmapped::NoSlot)?;
+        let mut ept = self.ept.lock();
+        let page = self.page(&ept, gpa, write).ok_or(Unmapped::NoSlot)?;
+        // A page that was not present needs no invalidation (SDM 3, 29.4.3.1).
+        ept.map(
+            page.gpa,
+            page.hpa,
+            page.size,
+            page.permissions,
+            page.memory_type,
+        )
+        .map(|_| ())
+        .map_err(Unmapped::Ept)
+    }
+
+    /// Does the same where no table is missing: what most EPT violations need. False, and
+    /// nothing done, where more is to be done or it is an error.
+    #[inline(never)]
+    pub fn fill_page(&self, gpa: Gpa, write: bool) -> bool {
+        let mut ept = self.ept.lock();
+        self.page(&ept, gpa, write).is_some_and(|page| {
+            ept.fill(
+                page.gpa,
+                page.hpa,
+                page.size,
+                page.permissions,
+                page.memory_type,
+            )
+        })
+    }
+
+    /// The largest page around `gpa`; `None` where no slot allows the access.
+    #[inline(always)]
+    fn page(&self, ept: &Ept<HostFrames>, gpa: Gpa, write: bool) -> Option<Page> {
+        let slot = self.memory.slots().find(gpa)?;
         let permissions = match slot.kind {
             SlotKind::Ram => Permissions::all(),
-            SlotKind::Rom if write => return Err(Unmapped::NoSlot),
+            SlotKind::Rom if write => return None,
             SlotKind::Rom => Permissions::READ | Permissions::EXECUTE,
         };
-        let mut ept = self.ept.lock();
-        for size in PageSize::LARGEST_FIRST {
-            let Some(page) = slot.page(gpa, size.bytes()) else {
-                continue;
-            };
+        PageSize::LARGEST_FIRST.into_iter().find_map(|size| {
+            let (gpa, hpa) = slot.page(gpa, size.bytes())?;
             if !ept.has_pages_of(size) {
-                continue;
+                return None;
             }
-            let memory_type = match self.memory_type_of(&page) {
-                Some(memory_type) => memory_type,
-                None if size == PageSize::Size4K => MemoryType::Uncacheable,
-                None => continue,
-            };
-            return ept
-                .map(page.gpa, page.hpa, size, permissions, memory_type)
-                // A page that was not present needs no invalidation (SDM 3, 29.4.3.1).
-                .map(|_| ())
-                .map_err(Unmapped::Ept);
-        }
-        Err(Unmapped::NoSlot)
+            let memory_type = self
+                .memory_type_of(hpa, size)
+                .or_else(|| (size == PageSize::Size4K).then_some(MemoryType::Uncacheable))?;
+            Some(Page {
+                gpa,
+                hpa,
+                size,
+                permissions,
+                memory_type,
+            })
+        })
     }
 
     /// The memory type of a whole page, if it has one.
     #[inline]
-    fn memory_type_of(&self, page: &Mapping) -> Option<MemoryType> {
+    fn memory_type_of(&self, page: Hpa, size: PageSize) -> Option<MemoryType> {
         self.memory_type
-            .or_else(|| self.mtrrs.uniform(page.hpa, page.size))
+            .or_else(|| self.mtrrs.uniform(page, size.bytes()))
     }
+}
+
+/// A page as an entry of the EPT maps it.
+struct Page {
+    gpa: Gpa,
+    hpa: Hpa,
+    size: PageSize,
+    permissions: Permissions,
+    memory_type: MemoryType,
 }
 
 /// The memory type of everything behind `slots`, if that is one.

@@ -130,10 +130,9 @@ mod tests {
         let slots = map.slots();
         let backing = |gpa| {
             let slot = slots.find(Gpa(gpa))?;
-            let page = [1 << 30, 1 << 21, 1 << 12]
+            [1 << 30, 1 << 21, 1 << 12]
                 .into_iter()
-                .find_map(|size| slot.page(Gpa(gpa), size))?;
-            Some((page.hpa.0, page.size))
+                .find_map(|size| Some((slot.page(Gpa(gpa), size)?.1.0, size)))
         };
         // One host page of 1 GiB each, the block's first in 4 KiB pages around the VGA window.
         assert_eq!(backing(0x9_f000), Some(((1 << 33) + 0x9_f000, 1 << 12)));

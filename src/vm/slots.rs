@@ -36,19 +36,14 @@ impl Slot {
     }
 
     /// The page of `size` bytes around `gpa`, if it lies in the slot and is aligned on
-    /// both sides.
-    #[inline]
-    pub fn page(&self, gpa: Gpa, size: u64) -> Option<Mapping> {
+    /// both sides: where it is in the guest and in the host.
+    #[inline(always)]
+    pub fn page(&self, gpa: Gpa, size: u64) -> Option<(Gpa, Hpa)> {
         let gpa = gpa.align_down(size);
         let offset = gpa.0.checked_sub(self.start.0)?;
         let hpa = self.backing.wrapping_add(offset);
         let inside = offset < self.len && self.len - offset >= size;
-        (inside && hpa.is_aligned(size)).then_some(Mapping {
-            gpa,
-            hpa,
-            size,
-            kind: self.kind,
-        })
+        (inside && hpa.is_aligned(size)).then_some((gpa, hpa))
     }
 }
 
@@ -70,16 +65,6 @@ impl fmt::Display for Overlap {
 }
 
 impl core::error::Error for Overlap {}
-
-/// A page of guest memory that one entry of the EPT can map.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mapping {
-    pub gpa: Gpa,
-    pub hpa: Hpa,
-    /// 4 KiB, 2 MiB or 1 GiB.
-    pub size: u64,
-    pub kind: SlotKind,
-}
 
 /// The memory of a guest: a short sorted list that does not change.
 #[derive(Clone, Debug, Default)]
@@ -155,12 +140,7 @@ mod tests {
                 let fits = page >= slot.start.0
                     && page + size <= slot.start.0 + slot.len
                     && apart.is_multiple_of(size);
-                let expected = fits.then_some(Mapping {
-                    gpa: Gpa(page),
-                    hpa: Hpa(page + apart),
-                    size,
-                    kind: SlotKind::Ram,
-                });
+                let expected = fits.then_some((Gpa(page), Hpa(page + apart)));
                 prop_assert_eq!(slot.page(gpa, size), expected, "{:?}", slot);
             }
         }

@@ -283,17 +283,7 @@ impl<M: TableMemory> Ept<M> {
         permissions: Permissions,
         memory_type: MemoryType,
     ) -> Result<Invalidation, EptError> {
-        if !self.capabilities.page_size(size) {
-            return Err(EptError::PageSize(size));
-        }
-        self.check_permissions(permissions)?;
-        check_guest_range(gpa, size.bytes(), size.bytes())?;
-        if !hpa.is_aligned(size.bytes()) {
-            return Err(EptError::Misaligned);
-        }
-        if hpa.0 >= self.host_limit {
-            return Err(EptError::OutOfRange);
-        }
+        self.check_page(gpa, hpa, size, permissions)?;
         let pdpt = match self.root.entry_for(gpa).read(&self.memory).table() {
             Some(table) => table,
             None => self.new_table(self.root.entry_for(gpa))?,
@@ -316,6 +306,55 @@ impl<M: TableMemory> Ept<M> {
         let page = Entry::page(hpa, permissions, memory_type);
         let outlived = self.replace(pt.entry_for(gpa), page);
         Ok(Invalidation::when(split_1g || split_2m || outlived))
+    }
+
+    /// Does the same where nothing is mapped and the tables on the way are there, which is
+    /// the common case and takes no frame; in any other does nothing, and returns false.
+    #[inline(always)]
+    pub fn fill(
+        &mut self,
+        gpa: Gpa,
+        hpa: Hpa,
+        size: PageSize,
+        permissions: Permissions,
+        memory_type: MemoryType,
+    ) -> bool {
+        if self.check_page(gpa, hpa, size, permissions).is_err() {
+            return false;
+        }
+        let Some(pdpt) = self.root.entry_for(gpa).read(&self.memory).table() else {
+            return false;
+        };
+        let pdpte = pdpt.entry_for(gpa);
+        if size == PageSize::Size1G {
+            return self.fill_slot(pdpte, hpa, permissions, memory_type);
+        }
+        let Some(pd) = pdpte.read(&self.memory).table() else {
+            return false;
+        };
+        let pde = pd.entry_for(gpa);
+        if size == PageSize::Size2M {
+            return self.fill_slot(pde, hpa, permissions, memory_type);
+        }
+        let Some(pt) = pde.read(&self.memory).table() else {
+            return false;
+        };
+        self.fill_slot(pt.entry_for(gpa), hpa, permissions, memory_type)
+    }
+
+    #[inline(always)]
+    fn fill_slot<L: Leaf>(
+        &mut self,
+        slot: Slot<L>,
+        hpa: Hpa,
+        permissions: Permissions,
+        memory_type: MemoryType,
+    ) -> bool {
+        let free = !slot.read(&self.memory).is_present();
+        if free {
+            slot.write(&mut self.memory, Entry::page(hpa, permissions, memory_type));
+        }
+        free
     }
 
     /// Unmaps `bytes` bytes (a multiple of 4096) from `gpa` on, splitting large
@@ -367,6 +406,29 @@ impl<M: TableMemory> Ept<M> {
     fn free(&mut self) {
         self.release_retired();
         free_table(self.root, &mut self.memory);
+    }
+
+    /// Whether the CPU allows such a page.
+    #[inline]
+    fn check_page(
+        &self,
+        gpa: Gpa,
+        hpa: Hpa,
+        size: PageSize,
+        permissions: Permissions,
+    ) -> Result<(), EptError> {
+        if !self.capabilities.page_size(size) {
+            return Err(EptError::PageSize(size));
+        }
+        self.check_permissions(permissions)?;
+        check_guest_range(gpa, size.bytes(), size.bytes())?;
+        if !hpa.is_aligned(size.bytes()) {
+            return Err(EptError::Misaligned);
+        }
+        if hpa.0 >= self.host_limit {
+            return Err(EptError::OutOfRange);
+        }
+        Ok(())
     }
 
     fn check_permissions(&self, permissions: Permissions) -> Result<(), EptError> {

@@ -4,7 +4,7 @@
 
 use super::apic::ApicPageAccess;
 use super::vmcs::{Vmcs, information};
-use crate::addr::{Gpa, Gva};
+use crate::addr::Gpa;
 
 /// Bit 31 of the exit reason: the entry itself failed.
 const ENTRY_FAILED: u32 = 1 << 31;
@@ -179,16 +179,13 @@ impl IoAccess {
     }
 }
 
-/// The exit qualification of an EPT violation (28.2.1).
+/// The exit qualification of an EPT violation (28.2.1), and its address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EptViolation {
     pub gpa: Gpa,
-    pub read: bool,
     pub write: bool,
     pub execute: bool,
-    /// The linear address that was translated, where there was one.
-    pub linear: Option<Gva>,
-    /// The access was to what the linear address translates to, not to a paging structure.
+    /// The access was to what a linear address translates to, not to a paging structure.
     pub final_access: bool,
     /// The access was an IRET's, which had ended the blocking of NMIs; not valid
     /// where the exit interrupted the delivery of an event.
@@ -196,27 +193,16 @@ pub struct EptViolation {
 }
 
 impl EptViolation {
-    /// Whether this exit qualification is that of an instruction's access to data, and of
-    /// no IRET that had ended the blocking of NMIs.
+    /// The exit that just happened.
     #[inline(always)]
-    pub const fn is_data_access(qualification: u64) -> bool {
-        const FETCH: u64 = 1 << 2;
-        const LINEAR: u64 = 1 << 7;
-        const FINAL: u64 = 1 << 8;
-        const UNBLOCKED_NMIS: u64 = 1 << 12;
-        qualification & (FETCH | LINEAR | FINAL | UNBLOCKED_NMIS) == LINEAR | FINAL
-    }
-
-    fn decode(vmcs: &Vmcs) -> Self {
-        let qualification = vmcs.read(information::EXIT_QUALIFICATION);
-        let linear = qualification & 1 << 7 != 0;
+    pub fn decode(vmcs: &Vmcs) -> Self {
+        const LINEAR_AND_FINAL: u64 = 1 << 7 | 1 << 8;
+        let qualification = vmcs.read_basic(information::EXIT_QUALIFICATION);
         Self {
-            gpa: Gpa(vmcs.read(information::GUEST_PHYSICAL_ADDRESS)),
-            read: qualification & 1 != 0,
-            write: qualification & 2 != 0,
-            execute: qualification & 4 != 0,
-            linear: linear.then(|| Gva(vmcs.read(information::GUEST_LINEAR_ADDRESS))),
-            final_access: linear && qualification & 1 << 8 != 0,
+            gpa: Gpa(vmcs.read_basic(information::GUEST_PHYSICAL_ADDRESS)),
+            write: qualification & 1 << 1 != 0,
+            execute: qualification & 1 << 2 != 0,
+            final_access: qualification & LINEAR_AND_FINAL == LINEAR_AND_FINAL,
             unblocked_nmis: qualification & 1 << 12 != 0,
         }
     }

@@ -306,6 +306,39 @@ fn running_out_of_frames_leaves_the_mapping_and_leaks_nothing() {
     assert!(frees_everything(ept));
 }
 
+#[test]
+fn a_page_is_filled_in_only_where_nothing_else_has_to_change() {
+    const LIMIT: u64 = 1 << 39;
+    let mut ept = ept();
+    let fill =
+        |ept: &mut Ept<Recorder>, gpa, size| ept.fill(Gpa(gpa), Hpa(gpa % LIMIT), size, ALL, WB);
+    let map = |ept: &mut Ept<Recorder>, gpa, size| {
+        assert_eq!(
+            ept.map(Gpa(gpa), Hpa(gpa % LIMIT), size, ALL, WB),
+            Ok(Invalidation::NotNeeded)
+        );
+    };
+    for (size, first) in [(Size4K, 0), (Size2M, GIB), (Size1G, 1 << 39)] {
+        let next = first + size.bytes();
+        assert!(!fill(&mut ept, next, size), "{size:?}: a table is missing");
+        map(&mut ept, first, size);
+        let written = ept.memory.writes.len();
+        assert!(!fill(&mut ept, first, size), "{size:?}: a page is there");
+        assert!(
+            !fill(&mut ept, next + 1, size),
+            "{size:?}: not an address of a page"
+        );
+        assert_eq!(ept.memory.writes.len(), written);
+        assert!(fill(&mut ept, next, size), "{size:?}");
+        assert_eq!(ept.memory.writes.len(), written + 1);
+        let found = ept.translate(Gpa(next)).unwrap();
+        assert_eq!((found.hpa, found.size), (Hpa(next % LIMIT), size));
+    }
+    assert!(!fill(&mut ept, 0, Size2M), "a table is there");
+    assert!(!fill(&mut ept, GIB, Size4K), "a larger page is there");
+    assert!(!fill(&mut ept, 1 << 48, Size1G), "beyond all addresses");
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Map(u64, u64, PageSize, Permissions),
@@ -345,7 +378,9 @@ proptest! {
     /// The tables against a list of (start, end, offset, permissions) looked up
     /// from the latest backwards, with each write replayed.
     #[test]
-    fn tables_agree_with_a_list_of_requests(steps in prop::collection::vec(any_step(), 1..10)) {
+    fn tables_agree_with_a_list_of_requests(
+        steps in prop::collection::vec(any_step(), 1..10), may_fill: bool,
+    ) {
         let mut ept = ept();
         let probes: Vec<u64> =
             [0, 1, 508, 510, 511, 512, 513, 515, 516, 520, 1023, 1024, 262_139, 262_140, 262_143,
@@ -373,7 +408,12 @@ proptest! {
             }
             let outcome = replay(&mut ept, &probes, |ept| match step {
                 Step::Map(gpa, hpa, size, permissions) => {
-                    ept.map(Gpa(gpa), Hpa(hpa), size, permissions, WB)
+                    let (gpa, hpa) = (Gpa(gpa), Hpa(hpa));
+                    if may_fill && ept.fill(gpa, hpa, size, permissions, WB) {
+                        Ok(Invalidation::NotNeeded)
+                    } else {
+                        ept.map(gpa, hpa, size, permissions, WB)
+                    }
                 }
                 Step::Unmap(gpa, bytes) => ept.unmap(Gpa(gpa), bytes),
                 Step::Protect(gpa, bytes, permissions) => ept.protect(Gpa(gpa), bytes, permissions),
