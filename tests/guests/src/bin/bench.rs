@@ -68,6 +68,9 @@ fn run() {
     apic::set_x2apic(false);
     exceptions::set_raw(VECTOR, end_xapic);
     interrupts::<XApic>();
+    (0..NUMBER.get())
+        .filter_map(|at| MEASURED.at(at))
+        .for_each(print);
     report::finish();
 }
 
@@ -86,13 +89,13 @@ fn counts() -> Option<Counts> {
 
 /// Measures `rounds` of `body`, after one that does not count.
 #[inline(always)]
-fn measure(name: &str, rounds: u64, body: impl FnMut()) {
+fn measure(name: &'static str, rounds: u64, body: impl FnMut()) {
     measure_in("", name, rounds, body);
 }
 
 /// The same with the APIC's mode in front of the name.
 #[inline(always)]
-fn measure_in(mode: &str, name: &str, rounds: u64, mut body: impl FnMut()) {
+fn measure_in(mode: &'static str, name: &'static str, rounds: u64, mut body: impl FnMut()) {
     body();
     let before = counts();
     let start = rdtsc();
@@ -100,18 +103,60 @@ fn measure_in(mode: &str, name: &str, rounds: u64, mut body: impl FnMut()) {
         body();
     }
     let ticks = rdtsc() - start;
-    say(mode, name, ticks, rounds, before.zip(counts()));
+    keep(mode, name, ticks, rounds, before.zip(counts()));
 }
 
-fn say(mode: &str, name: &str, ticks: u64, rounds: u64, counts: Option<(Counts, Counts)>) {
-    print(mode, name, ticks, rounds, counts);
+/// One line of the output.
+#[derive(Clone, Copy)]
+struct Measured {
+    /// In front of the name.
+    mode: &'static str,
+    name: &'static str,
+    ticks: u64,
+    rounds: u64,
+    /// Before and after.
+    counts: Option<(Counts, Counts)>,
+}
+
+/// More lines than there are.
+const LINES: usize = 64;
+/// What was measured, said at the end: while a console sends what a guest has said, its
+/// interrupts come in between what is measured.
+static MEASURED: Shared<[Option<Measured>; LINES]> = Shared::new([None; LINES]);
+static NUMBER: Shared<usize> = Shared::new(0);
+
+fn keep(
+    mode: &'static str,
+    name: &'static str,
+    ticks: u64,
+    rounds: u64,
+    counts: Option<(Counts, Counts)>,
+) {
+    let measured = Measured {
+        mode,
+        name,
+        ticks,
+        rounds,
+        counts,
+    };
     if start_info::command_line_is("pause") {
+        print(measured);
         serial::flush();
         pause(microseconds(PAUSE));
+    } else {
+        MEASURED.put(NUMBER.get(), Some(measured));
+        NUMBER.set(NUMBER.get() + 1);
     }
 }
 
-fn print(mode: &str, name: &str, ticks: u64, rounds: u64, counts: Option<(Counts, Counts)>) {
+fn print(measured: Measured) {
+    let Measured {
+        mode,
+        name,
+        ticks,
+        rounds,
+        counts,
+    } = measured;
     let Some((before, after)) = counts else {
         report::say(format_args!("bench: {mode}{name}: {ticks} in {rounds}"));
         return;
@@ -204,7 +249,7 @@ fn memory() {
 }
 
 /// Writes to `pages` pages for the first time.
-fn touch(name: &str, first: u64, step: u64, pages: u64) {
+fn touch(name: &'static str, first: u64, step: u64, pages: u64) {
     let mut page = first;
     measure(name, pages, || {
         write32(page, 0);
@@ -430,9 +475,9 @@ fn spin() -> u64 {
 }
 
 /// Sums up what [`WAITS`] rounds of `body` say.
-fn wait(name: &str, body: impl Fn() -> u64) {
+fn wait(name: &'static str, body: impl Fn() -> u64) {
     body();
     let before = counts();
     let ticks = (0..WAITS).map(|_| body()).sum();
-    say("", name, ticks, WAITS, before.zip(counts()));
+    keep("", name, ticks, WAITS, before.zip(counts()));
 }
