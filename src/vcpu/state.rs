@@ -3,6 +3,7 @@
 
 use super::control_registers;
 use super::cpuid::{self, CpuidTable};
+use super::emulate;
 use super::events::Pending;
 use super::exceptions;
 use super::lead::Lead;
@@ -110,6 +111,7 @@ impl Vcpu {
         if let Some(missing) = tier.missing(&vmx.capabilities) {
             return Err(SetupError::Apic(missing));
         }
+        emulate::prepare();
         let controls = vmx.controls;
         let vpid = if controls.has(SecondaryControls::ENABLE_VPID) {
             vpid

@@ -93,6 +93,13 @@ pub struct Decoded {
     mode: Mode,
 }
 
+/// Makes the decoder's tables. It would do so at the first instruction, which then takes
+/// five million of the CPU's: too long for an exit.
+pub fn prepare() {
+    // What it is does not matter.
+    let _ = Decoded::new(&[], Mode::Bits64);
+}
+
 impl Decoded {
     /// Decodes the instruction that starts `bytes` (up to 15 of them).
     ///
