@@ -3,6 +3,7 @@
 
 use crate::harness::{Case, Ending, Outcome, Suite};
 use anyhow::Result;
+use xtask::exit_times::ExitTimes;
 use xtask::{build, paths};
 
 /// The oldest CPU that Bochs has and Vireo runs on: no INVPCID, no XSAVE.
@@ -188,84 +189,49 @@ fn one_after_another(case: &mut Case) -> Result<()> {
 /// The table of exit times is there for the guest `last` only, and is right in itself.
 fn exit_times(case: &mut Case, console: &str) {
     let lines: Vec<&str> = console.lines().map(str::trim_end).collect();
-    let is_title = |line: &str| line.contains(" ticks in root mode, ");
-    let titles = lines.iter().filter(|line| is_title(line)).count();
-    case.check_equal(
-        "only the guest that wants it has its exits timed",
-        titles,
-        1,
-    );
-    let mut table = lines.iter().skip_while(|line| !is_title(line));
-    let title = table.next().copied().unwrap_or_default();
-    let heading = table.next().copied().unwrap_or_default();
-    case.check("it is named", title.starts_with("vireo: vm last: "), title);
+    let title = lines
+        .iter()
+        .position(|line| line.contains(" ticks in root mode, "))
+        .unwrap_or_default();
     // A column "timed" would say that the histogram of a reason has not as many exits
     // as were counted.
+    let heading = lines.get(title + 1).copied().unwrap_or_default();
     case.check(
         "all exits are in the histograms",
         heading.starts_with("vireo: reason") && !heading.contains("timed"),
         heading,
     );
-    let rows: Vec<&str> = table
-        .copied()
-        .take_while(|line| !line.starts_with("vireo: vm "))
-        .collect();
-    let mut counts = Vec::new();
-    for line in &rows {
-        let row = Row::parse(line);
-        counts.extend(row.as_ref().map(|row| row.count));
+    for vm in ["first", "bad"] {
+        let times = ExitTimes::parse(console, vm);
+        case.check_equal("who does not want it has no table", times, None);
+    }
+    let Some(times) = ExitTimes::parse(console, "last") else {
+        case.check("who wants it has one", false, console);
+        return;
+    };
+    let rows = || std::iter::once(&times.all).chain(&times.reasons);
+    for row in rows() {
         case.check(
             "a row's figures",
-            row.is_some_and(|row| row.mean > 0 && row.mean <= row.maximum && row.histogram),
-            line,
+            row.mean > 0 && row.mean <= row.maximum && !row.histogram.is_empty(),
+            format!("{row:?}"),
         );
+    }
+    for line in lines.iter().skip(title).take(2 + rows().count()) {
         case.check("it fits 80 columns", line.len() <= 80, line);
     }
-    let (all, rest) = counts.split_first().unwrap_or((&0, &[]));
-    case.check(
+    let all = times.all.count;
+    case.check_equal(
         "the reasons make up all exits",
-        *all > 0 && *all == rest.iter().sum::<u64>(),
-        rows.join("\n"),
+        times.reasons.iter().map(|row| row.count).sum(),
+        all,
     );
     let summary = format!("vireo: vm last: {all} exits: ");
     case.check(
         "and those of the short line",
-        lines.iter().any(|line| line.starts_with(&summary)),
+        all > 0 && lines.iter().any(|line| line.starts_with(&summary)),
         summary,
     );
-}
-
-/// A row of the table of exit times.
-struct Row {
-    count: u64,
-    mean: u64,
-    maximum: u64,
-    /// There is one.
-    histogram: bool,
-}
-
-impl Row {
-    fn parse(line: &str) -> Option<Self> {
-        // The share is the first with a percent sign; before it is the count.
-        let (left, right) = line.split_once('%')?;
-        let (left, _share) = left.trim_end().rsplit_once(' ')?;
-        let (_reason, count) = left.trim_end().rsplit_once(' ')?;
-        let mut times = right.split_whitespace();
-        Some(Self {
-            count: count.parse().ok()?,
-            mean: ticks(times.next()?)?,
-            maximum: ticks(times.next()?)?,
-            histogram: times.next().is_some(),
-        })
-    }
-}
-
-/// A number as in the table: `12` or `1234k`.
-fn ticks(text: &str) -> Option<u64> {
-    let units = [("k", 1_000), ("M", 1_000_000), ("", 1)];
-    units
-        .iter()
-        .find_map(|(unit, factor)| Some(text.strip_suffix(unit)?.parse::<u64>().ok()? * factor))
 }
 
 /// A guest that says `last` and then is stopped with `reason`, in which `@`
@@ -343,16 +309,6 @@ fn matches(text: &str, pattern: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn rows_of_exit_times() {
-        let line = "vireo: entry failure: x  12   33.3%  7  1000k   .# 1";
-        let row = Row::parse(line).unwrap();
-        assert_eq!((row.count, row.mean, row.maximum), (12, 7, 1_000_000));
-        assert!(row.histogram);
-        assert!(Row::parse("vireo: HLT  3   20.0%     -        -").is_none());
-        assert!(Row::parse("vireo: vm a: powered off").is_none());
-    }
 
     #[test]
     fn an_at_sign_stands_for_digits() {

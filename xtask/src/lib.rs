@@ -7,6 +7,7 @@
 pub mod bench;
 pub mod build;
 pub mod cpio;
+pub mod exit_times;
 pub mod figures;
 pub mod framing;
 pub mod guest;

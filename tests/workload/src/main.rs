@@ -6,8 +6,8 @@
 //! workload: NAME: NUMBER
 //! ```
 //!
-//! The number is per operation, with one decimal, but for the last line: that is
-//! the counter itself at the end.
+//! The number is per operation, with one decimal, but for the last two lines: the
+//! seconds in which the CPU was idle, since the kernel started, and the counter itself.
 
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
@@ -44,8 +44,15 @@ fn main() -> Result<(), Errno> {
     throughput()?;
     fork_and_exec(&program)?;
     timer()?;
+    println!("workload: idle: {}", idle().ok_or(Errno::EIO)?);
     println!("workload: end: {}", ticks());
     Ok(())
+}
+
+/// Seconds of idleness, as Linux counts them.
+fn idle() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/uptime").ok()?;
+    text.split_whitespace().nth(1).map(str::to_owned)
 }
 
 fn ticks() -> u64 {

@@ -95,14 +95,35 @@ pub enum Unit {
     Ratio,
     /// How much more it is.
     More,
+    /// Not at all: it is of Vireo's alone.
+    Alone,
 }
 
 impl Unit {
-    /// The comparison.
-    pub fn compare(self, vireo: f64, bare: f64) -> f64 {
+    /// The comparison; none where the other number is missing.
+    pub fn compare(self, vireo: f64, bare: Option<f64>) -> Option<f64> {
         match self {
-            Self::Ratio => vireo / bare,
-            Self::More => vireo - bare,
+            Self::Ratio => Some(vireo / bare?),
+            Self::More => Some(vireo - bare?),
+            Self::Alone => Some(vireo),
+        }
+    }
+
+    /// What was compared, for people.
+    pub fn show(self, compared: f64) -> String {
+        match self {
+            Self::Ratio => format!("{compared:.3}"),
+            Self::More => format!("+{compared:.0}"),
+            Self::Alone => format!("{compared:.2}"),
+        }
+    }
+
+    /// As a value of the file.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ratio => "ratio",
+            Self::More => "more",
+            Self::Alone => "alone",
         }
     }
 }
@@ -268,11 +289,25 @@ impl Budgets {
         found.cloned().unwrap_or_default()
     }
 
+    /// A row of the workload compared with the same on the bare emulator, and its budget.
+    pub fn compare(
+        &self,
+        name: &str,
+        vireo: f64,
+        bare: &Workload,
+    ) -> Option<(f64, WorkloadBudget)> {
+        let budget = self.workload(name);
+        Some((budget.unit.compare(vireo, bare.get(name))?, budget))
+    }
+
     /// Sets the ceilings of what was measured a little above it, for this
-    /// `reason`. Those that fit are left as they are.
-    pub fn accept_exits(&mut self, tiers: &[Tier], reason: &str) {
+    /// `reason`, where the name contains `filter`. Those that fit are left as they are.
+    pub fn accept_exits(&mut self, tiers: &[Tier], filter: &str, reason: &str) {
         let names = tiers.iter().flat_map(|tier| &tier.rows);
         for name in names.map(|row| &row.name) {
+            if !name.contains(filter) {
+                continue;
+            }
             let mut budget = self.exit(name);
             let ceiling = TIERS.map(|mode| {
                 let old = budget.ceiling.get(mode);
@@ -322,12 +357,19 @@ impl Budgets {
 
     /// The same for the workload. A row's figure depends a little on when timer
     /// interrupts come.
-    pub fn accept_workload(&mut self, vireo: &Workload, bare: &Workload, reason: &str) {
-        for (name, number) in &vireo.rows {
-            let Some(bare) = bare.get(name) else { continue };
-            let mut budget = self.workload(name);
-            let compared = budget.unit.compare(*number, bare);
+    pub fn accept_workload(
+        &mut self,
+        vireo: &Workload,
+        bare: &Workload,
+        filter: &str,
+        reason: &str,
+    ) {
+        for (name, number) in vireo.rows.iter().filter(|row| row.0.contains(filter)) {
+            let Some((compared, mut budget)) = self.compare(name, *number, bare) else {
+                continue;
+            };
             let ceiling = match budget.unit {
+                Unit::Alone => accepted(budget.ceiling, compared, compared * 1.05, 100.0),
                 Unit::Ratio => accepted(budget.ceiling, compared, compared * 1.02, 1000.0),
                 Unit::More => accepted(budget.ceiling, compared, compared * 1.05 + 50.0, 1.0),
             };
@@ -381,7 +423,10 @@ impl Budgets {
                 "workload",
                 &[
                     ("name", Some(quoted(&budget.name))),
-                    ("unit", (budget.unit == Unit::More).then(|| quoted("more"))),
+                    (
+                        "unit",
+                        (budget.unit != Unit::default()).then(|| quoted(budget.unit.name())),
+                    ),
                     ("kvm", budget.kvm.map(|number| number.to_string())),
                     ("goal", budget.goal.map(|number| number.to_string())),
                     ("ceiling", budget.ceiling.map(|number| number.to_string())),
@@ -409,7 +454,8 @@ mod tests {
 
     const TEXT: &str = "# About [[exit]].\n\n[[exit]]\nname = \"CPUID\"\nkvm = 1112\ngoal = 90\nfields = [4, 1]\nceiling = 94\nouter = 2.1\nreason = \"first\"\n\n\
         [[exit]]\nname = \"EOI\"\ngoal = { apicv = 40 }\nno_exit = [\"apicv\"]\nceiling = { emulated = 200, apicv = 50 }\nreason = \"it's\"\n\n\
-        [[workload]]\nname = \"late\"\nunit = \"more\"\ngoal = 2000\nceiling = 1500\nreason = \"first\"\n";
+        [[workload]]\nname = \"late\"\nunit = \"more\"\ngoal = 2000\nceiling = 1500\nreason = \"first\"\n\n\
+        [[workload]]\nname = \"share\"\nunit = \"alone\"\nceiling = 1.4\nreason = \"first\"\n";
 
     #[test]
     fn a_row_is_judged_by_its_tiers_numbers() {
@@ -431,8 +477,19 @@ mod tests {
         assert!(unknown.failure().unwrap().contains("no budget"));
         assert_eq!(cpuid.judge_outer(1.9), Verdict::Good);
         assert_eq!(cpuid.judge_outer(3.0), Verdict::OverCeiling(2.1));
-        let late = budgets.workload("late");
-        assert_eq!(late.judge(late.unit.compare(3500.0, 2000.0)), Verdict::Good);
+        let bare = Workload {
+            rows: vec![("late".into(), 2000.0)],
+            idle: 0.0,
+            end: 0.0,
+        };
+        let (late, budget) = budgets.compare("late", 3500.0, &bare).unwrap();
+        assert_eq!((late, budget.judge(late)), (1500.0, Verdict::Good));
+        let (share, budget) = budgets.compare("share", 1.5, &bare).unwrap();
+        assert_eq!(
+            (share, budget.judge(share)),
+            (1.5, Verdict::OverCeiling(1.4))
+        );
+        assert_eq!(budgets.compare("other", 1.0, &bare), None);
     }
 
     #[test]
@@ -475,7 +532,7 @@ mod tests {
             tier(ApicMode::FlexPriority, vec![Row::new("CPUID", 93.0)]),
             tier(ApicMode::ApicV, vec![Row::new("CPUID", 93.0)]),
         ];
-        budgets.accept_exits(&tiers, "second");
+        budgets.accept_exits(&tiers, "", "second");
         assert_eq!(budgets.exit("CPUID").reason, "first");
         assert_eq!(
             budgets.exit("new").ceiling.get(ApicMode::Emulated),
@@ -487,7 +544,9 @@ mod tests {
             Some(200.0)
         );
         let faster = [tier(ApicMode::Emulated, vec![Row::new("CPUID", 50.0)])];
-        budgets.accept_exits(&faster, "third");
+        budgets.accept_exits(&faster, "EOI", "no such row");
+        assert_eq!(budgets.exit("CPUID").reason, "first");
+        budgets.accept_exits(&faster, "CPU", "third");
         let ceiling = budgets.exit("CPUID").ceiling;
         assert_eq!(ceiling.get(ApicMode::Emulated), Some(52.0));
         assert_eq!(ceiling.get(ApicMode::ApicV), Some(94.0));
@@ -501,9 +560,10 @@ mod tests {
         assert_eq!(budgets.exit("EOI").reason, "fourth");
         let number = |number| Workload {
             rows: vec![("late".into(), number), ("ratio".into(), number)],
+            idle: 0.0,
             end: 0.0,
         };
-        budgets.accept_workload(&number(3000.0), &number(2000.0), "third");
+        budgets.accept_workload(&number(3000.0), &number(2000.0), "", "third");
         assert_eq!(budgets.workload("late").ceiling, Some(1100.0));
         assert_eq!(budgets.workload("ratio").ceiling, Some(1.53));
     }

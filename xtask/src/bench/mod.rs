@@ -16,6 +16,7 @@ mod table;
 mod workload;
 
 use crate::build;
+use crate::exit_times::ExitTimes;
 use crate::figures::Baseline;
 use crate::guest;
 use crate::machine::{Bare, Bochs, Rig};
@@ -24,7 +25,7 @@ use crate::progress::Progress;
 use crate::provision::Provisioner;
 use crate::run::{RunFolder, System, nonce};
 use crate::volume::{Job, Single, Volume};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Error, Result, ensure};
 use boot::{Boot, IPS, Seen};
 use budget::{Budgets, Unit};
 use clap::Args;
@@ -33,8 +34,8 @@ use serde_json::{Value, json};
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
-use vireo_handoff::config::ApicMode;
-use workload::{Exits, Workload};
+use vireo_handoff::config::{ApicMode, Statistics};
+use workload::{Rate, SHARE, Workload};
 
 /// `cargo xtask bench`
 #[derive(Args, Debug)]
@@ -70,8 +71,8 @@ struct Measured {
 struct Linux {
     vireo: Workload,
     bare: Workload,
-    /// Exits a second, by reason.
-    rates: Vec<(String, f64)>,
+    /// Its exits by reason.
+    rates: Vec<Rate>,
 }
 
 /// Runs the command, and returns the exit code.
@@ -84,15 +85,15 @@ pub fn run(options: &Options) -> Result<u8> {
         return nested(options, budgets).map(|()| 0);
     }
     let measured = measure(options)?;
+    let filter = options.filter.as_str();
     if let Some(reason) = &options.accept {
-        budgets.accept_exits(&measured.tiers, reason);
+        budgets.accept_exits(&measured.tiers, filter, reason);
         if let Some(linux) = &measured.linux {
-            budgets.accept_workload(&linux.vireo, &linux.bare, reason);
+            budgets.accept_workload(&linux.vireo, &linux.bare, filter, reason);
         }
         budgets.save()?;
         measured.save_to_readme(&budgets)?;
     }
-    let filter = options.filter.as_str();
     print!("{}", measured.exit_text(&budgets, filter));
     if let Some(text) = measured.workload_text(&budgets, filter) {
         print!("\n{text}");
@@ -134,13 +135,14 @@ fn nested(options: &Options, mut budgets: Budgets) -> Result<()> {
     let seen = boot::run_all(vec![boot], &folder.path, &progress)?.pop();
     progress.clear();
     let tiers = self::tiers(&seen.context("the machine was not measured")?, &tiers)?;
-    let mut rows = exits::outer(&tiers[0]);
+    let all = exits::outer(&tiers[0]);
+    let mut rows = all.clone();
+    rows.retain(|(row, _)| row.name.contains(&options.filter));
     if let Some(reason) = &options.accept {
         budgets.accept_outer(&rows, reason);
         budgets.save()?;
+        edit_readme(|readme| with_block(readme, README_NESTED, &table::nested(&all, &budgets)))?;
     }
-    rows.retain(|(row, _)| row.name.contains(&options.filter));
-    println!("Of KVM's exits two are the least: the exit itself, and VMRESUME.\n");
     print!("{}", table::nested(&rows, &budgets));
     let values: Vec<Value> = rows
         .iter()
@@ -181,13 +183,15 @@ fn fail(failures: &[String]) -> Result<()> {
 /// The README's blocks that are these tables, by their markers.
 const README_EXITS: &str = "exits";
 const README_WORKLOAD: &str = "workload";
+const README_NESTED: &str = "nested";
 
 impl Measured {
     /// The table of exits, for people.
     fn exit_text(&self, budgets: &Budgets, filter: &str) -> String {
         let mut text = format!(
             "Instructions for each round trip, the guest's own loop included; KVM without\n\
-             mitigations; exits, VMREADs and VMWRITEs in the last tier.\n\n{}",
+             mitigations; exits, VMREADs and VMWRITEs in the last tier in which it is an\n\
+             exit.\n\n{}",
             table::exits(&self.tiers, budgets, filter)
         );
         for tier in &self.tiers {
@@ -282,7 +286,7 @@ fn measure(options: &Options) -> Result<Measured> {
     }
     exits::add_counts(&mut tiers, &self::tiers(&next()?, &exits::TIERS)?);
     let linux = match linux {
-        Some(guest) => Some(guest.measured(next()?, seen.next())?),
+        Some(guest) => Some(guest.measured(next()?, next()?, seen.next())?),
         None => None,
     };
     Ok(Measured { tiers, linux })
@@ -337,12 +341,16 @@ impl<'a> LinuxGuest<'a> {
             baseline: Baseline::new(0, IPS, cpu),
         };
         let mut hasher = DefaultHasher::new();
-        (guest.volume(provisioner)?.fingerprint, &guest.program).hash(&mut hasher);
+        (
+            guest.volume(Statistics::Counts, provisioner)?.fingerprint,
+            &guest.program,
+        )
+            .hash(&mut hasher);
         guest.baseline = Baseline::new(hasher.finish(), IPS, cpu);
         Ok(guest)
     }
 
-    fn volume(&self, provisioner: &Provisioner) -> Result<Volume> {
+    fn volume(&self, statistics: Statistics, provisioner: &Provisioner) -> Result<Volume> {
         let job = Job {
             nonce: &self.nonce,
             command: Some(Self::COMMAND),
@@ -351,34 +359,39 @@ impl<'a> LinuxGuest<'a> {
         let cmdline = format!("{} {}", guest::CMDLINE, workload::OPTIONS);
         let single = Single {
             cmdline: Some(&cmdline),
+            statistics,
             ..Single::default()
         };
         Volume::single(&single, Some(&job), None, provisioner)
     }
 
-    /// With Vireo, and without where that was not measured before.
+    /// With Vireo, with Vireo that times its exits, and without where that was not
+    /// measured before.
     fn boots<'b>(
         &'b self,
         vireo: &'b System,
         cpu: Option<&'b str>,
         provisioner: &Provisioner,
     ) -> Result<Vec<Boot<'b>>> {
-        let mut boots = vec![Boot {
-            name: "workload",
-            system: vireo,
-            platform: self.bochs,
-            volume: self.volume(provisioner)?,
-            job: Some(&self.nonce),
-            cpu,
-        }];
-        if self.known().is_none() {
-            boots.push(Boot {
-                name: "workload-bare",
-                system: &self.bare,
-                platform: &self.bare_platform,
-                volume: self.volume(provisioner)?,
+        let boot = |name, statistics| -> Result<Boot> {
+            Ok(Boot {
+                name,
+                system: vireo,
+                platform: self.bochs,
+                volume: self.volume(statistics, provisioner)?,
                 job: Some(&self.nonce),
                 cpu,
+            })
+        };
+        let mut boots = vec![
+            boot("workload", Statistics::Counts)?,
+            boot("workload-timed", Statistics::Times)?,
+        ];
+        if self.known().is_none() {
+            boots.push(Boot {
+                system: &self.bare,
+                platform: &self.bare_platform,
+                ..boot("workload-bare", Statistics::Counts)?
             });
         }
         Ok(boots)
@@ -389,25 +402,29 @@ impl<'a> LinuxGuest<'a> {
         Workload::parse(&self.baseline.read_text()?)
     }
 
-    fn measured(&self, vireo: Seen, bare: Option<Seen>) -> Result<Linux> {
-        if let Some(seen) = bare {
+    fn measured(&self, vireo: Seen, timed: Seen, bare: Option<Seen>) -> Result<Linux> {
+        let parse = |seen: Seen| {
             let text = workload::text(seen)?;
-            ensure!(
-                Workload::parse(&text).is_some(),
-                "the workload on the bare emulator says: {text}"
-            );
-            self.baseline.write_text(&text)?;
-        }
-        let bare = self.known().context("there is no baseline")?;
-        let exits = Exits::parse(&vireo.console, "linux")
-            .context("the hypervisor has not said how many exits there were")?;
-        let text = workload::text(vireo)?;
-        let vireo = Workload::parse(&text).with_context(|| format!("the workload says: {text}"))?;
-        Ok(Linux {
-            rates: exits.per_second(vireo.end),
-            vireo,
-            bare,
-        })
+            let workload = Workload::parse(&text);
+            let workload = workload.with_context(|| format!("the workload says: {text}"))?;
+            Ok::<_, Error>((text, workload))
+        };
+        let (_, mut vireo) = parse(vireo)?;
+        let times = ExitTimes::parse(&timed.console, "linux");
+        let (_, timed) = parse(timed)?;
+        let times = times.context("the hypervisor has not said what exits took")?;
+        let rates = workload::rates(&times, &timed);
+        let bare = match bare {
+            Some(seen) => {
+                let (text, workload) = parse(seen).context("on the bare emulator")?;
+                self.baseline.write_text(&text)?;
+                workload
+            }
+            None => self.known().context("there is no baseline")?,
+        };
+        let share = rates.first().map(|all| (SHARE.to_owned(), all.share));
+        vireo.rows.extend(share);
+        Ok(Linux { vireo, bare, rates })
     }
 }
 
@@ -431,8 +448,9 @@ impl Measured {
                 let than = match budget.unit {
                     Unit::Ratio => "times the bare emulator's",
                     Unit::More => "more than on the bare emulator",
+                    Unit::Alone => "in all",
                 };
-                failures.push(format!("{name} is {compared:.3} {than}, {why}"));
+                failures.push(format!("{name}: {compared:.3} {than}, {why}"));
             }
         }
         failures
@@ -449,8 +467,7 @@ impl Measured {
             .flat_map(|linux| linux.vireo.rows.iter().map(move |row| (linux, row)))
             .filter(move |(_, row)| row.0.contains(filter))
             .filter_map(|(linux, (name, number))| {
-                let budget = budgets.workload(name);
-                let compared = budget.unit.compare(*number, linux.bare.get(name)?);
+                let (compared, budget) = budgets.compare(name, *number, &linux.bare)?;
                 Some((name.as_str(), compared, budget))
             })
     }
@@ -471,6 +488,7 @@ impl Measured {
                     "goal": budget.goal.get(mode),
                     "no_exit": budget.no_exit.contains(&mode),
                     "ceiling": budget.ceiling.get(mode),
+                    "fields": budget.fields,
                     "reason": budget.reason,
                     "kvm": budget.kvm,
                     "ratio": budget.kvm.map(|kvm| kvm / row.instructions),
@@ -495,6 +513,7 @@ impl Measured {
                     "vireo": numbers.and_then(|linux| linux.vireo.get(name)),
                     "bare": numbers.and_then(|linux| linux.bare.get(name)),
                     "compared": compared,
+                    "unit": budget.unit.name(),
                     "goal": budget.goal,
                     "ceiling": budget.ceiling,
                     "reason": budget.reason,
@@ -503,17 +522,24 @@ impl Measured {
                 })
             })
             .collect();
-        let rates: serde_json::Map<String, Value> = self
+        let rates: Vec<Value> = self
             .linux
             .iter()
             .flat_map(|linux| &linux.rates)
-            .map(|(reason, rate)| (reason.clone(), json!(rate)))
+            .map(|rate| {
+                json!({
+                    "reason": rate.reason,
+                    "per_second": rate.per_second,
+                    "instructions": rate.instructions,
+                    "percent": rate.share,
+                })
+            })
             .collect();
         json!({
             "cpu": options.cpu,
             "exits": exits,
             "not_on_this_cpu": refused,
-            "workload_exits_per_second": rates,
+            "workload_exits": rates,
             "workload": workload,
         })
     }

@@ -1,8 +1,8 @@
 //! Tables for people: what `cargo xtask bench` prints.
 
-use super::budget::{Budgets, ExitBudget, PerTier, Unit, Verdict};
+use super::budget::{Budgets, ExitBudget, PerTier, Verdict};
 use super::exits::{Row, TIERS, Tier, best};
-use super::workload::Workload;
+use super::workload::{Rate, Workload};
 use vireo_handoff::config::ApicMode;
 
 /// Columns, of which all but the first and the last are numbers: right-aligned.
@@ -98,6 +98,9 @@ fn exit_row(
         format!("{:.digits$}", kvm / row.instructions)
     }));
     if counted {
+        // In the last tier in which it is an exit.
+        let exits = |row: &&Row| row.counts.is_some_and(|counts| counts.exits >= 0.5);
+        let row = found.into_iter().flatten().rfind(exits).unwrap_or(row);
         let counts = row.counts.as_ref();
         cells.extend([
             counts.map_or("-".into(), |counts| format!("{:.1}", counts.exits)),
@@ -162,17 +165,13 @@ pub fn workload(vireo: &Workload, bare: &Workload, budgets: &Budgets, filter: &s
         .iter()
         .filter(|row| row.0.contains(filter))
         .filter_map(|(name, number)| {
-            let budget = budgets.workload(name);
-            let bare = bare.get(name)?;
-            let compared = budget.unit.compare(*number, bare);
-            let show = |number: f64| match budget.unit {
-                Unit::Ratio => format!("{number:.3}"),
-                Unit::More => format!("+{number:.0}"),
-            };
+            let (compared, budget) = budgets.compare(name, *number, bare)?;
+            let show = |number| budget.unit.show(number);
+            let plain = |number: f64| format!("{number:.1}");
             Some(vec![
                 name.clone(),
-                format!("{number:.1}"),
-                format!("{bare:.1}"),
+                plain(*number),
+                bare.get(name).map_or(String::new(), plain),
                 show(compared),
                 budget.goal.map_or(String::new(), show),
                 budget.kvm.map_or(String::new(), show),
@@ -203,18 +202,34 @@ pub fn nested(rows: &[(&Row, f64)], budgets: &Budgets) -> String {
     layout(&["nested in KVM", "KVM's exits", "instructions", ""], &rows)
 }
 
-/// Exits by reason, a second.
-pub fn rates(rates: &[(String, f64)]) -> String {
+/// The exits of the workload by reason.
+pub fn rates(rates: &[Rate]) -> String {
     let rows: Vec<Vec<String>> = rates
         .iter()
-        .map(|(reason, rate)| vec![reason.clone(), format!("{rate:.1}"), String::new()])
+        .map(|rate| {
+            vec![
+                rate.reason.clone(),
+                format!("{:.1}", rate.per_second),
+                format!("{:.0}", rate.instructions),
+                format!("{:.3}", rate.share),
+                String::new(),
+            ]
+        })
         .collect();
-    layout(&["exits of the workload", "per second", ""], &rows)
+    let header = [
+        "exits of the workload",
+        "per second",
+        "instructions",
+        "% of all",
+        "",
+    ];
+    layout(&header, &rows)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::budget::WorkloadBudget;
+    use super::super::budget::{Unit, WorkloadBudget};
+    use super::super::exits::Counts;
     use super::*;
 
     fn tier(mode: ApicMode, figures: &[(&str, f64)]) -> Tier {
@@ -262,28 +277,50 @@ mod tests {
     }
 
     #[test]
-    fn a_workload_is_compared_by_ratio_or_difference() {
-        let number = |one, two| Workload {
-            rows: vec![("hash".into(), one), ("late, ns".into(), two)],
+    fn a_workload_is_compared_by_ratio_or_difference_or_stands_alone() {
+        let late = |ratio, late| vec![("hash".to_owned(), ratio), ("late, ns".to_owned(), late)];
+        let run = |rows| Workload {
+            rows,
+            idle: 0.0,
             end: 0.0,
         };
-        let late = WorkloadBudget {
-            name: "late, ns".into(),
-            unit: Unit::More,
-            goal: Some(2000.0),
-            kvm: Some(20_300.0),
-            ceiling: Some(3000.0),
+        let mut vireo = run(late(102.0, 4500.0));
+        vireo.rows.push(("share".into(), 0.25));
+        let budget = |name: &str, unit, goal, kvm, ceiling| WorkloadBudget {
+            name: name.into(),
+            unit,
+            goal: Some(goal),
+            kvm,
+            ceiling: Some(ceiling),
             ..Default::default()
         };
         let budgets = Budgets {
-            workloads: vec![late],
+            workloads: vec![
+                budget("late, ns", Unit::More, 2000.0, Some(20_300.0), 3000.0),
+                budget("share", Unit::Alone, 1.0, None, 1.0),
+            ],
             ..Default::default()
         };
         assert_eq!(
-            workload(&number(102.0, 4500.0), &number(100.0, 2000.0), &budgets, ""),
+            workload(&vireo, &run(late(100.0, 2000.0)), &budgets, ""),
             "workload   Vireo    bare  ratio  budget     KVM\n\
              hash       102.0   100.0  1.020                  NO BUDGET\n\
-             late, ns  4500.0  2000.0  +2500   +2000  +20300  over goal, at most 3000\n"
+             late, ns  4500.0  2000.0  +2500   +2000  +20300  over goal, at most 3000\n\
+             share        0.2           0.25    1.00\n"
         );
+    }
+
+    #[test]
+    fn counts_are_those_of_the_last_tier_in_which_it_is_an_exit() {
+        let mut tiers = TIERS.map(|mode| tier(mode, &[("EOI", 80.0)]));
+        for (tier, exits) in tiers.iter_mut().zip([1.0, 1.0, 0.001]) {
+            tier.rows[0].counts = Some(Counts {
+                exits,
+                reads: 5.0 * exits,
+                writes: exits,
+            });
+        }
+        let text = exits(&tiers, &Budgets::default(), "");
+        assert!(text.contains("  1.0         5.0/1.0  NO BUDGET"), "{text}");
     }
 }
