@@ -196,21 +196,28 @@ impl Vcpu {
     #[inline]
     pub(super) fn inject(&mut self) {
         if self.tier.delivers() {
-            self.pass_requests();
-        }
-        if self.pending.is_empty() && !self.has_extint() {
+            self.inject_beside_cpu();
+        } else if self.pending.is_empty() && !self.has_extint() {
             self.inject_from_apic();
         } else {
-            self.inject_first(self.has_interrupt());
+            self.inject_first();
+        }
+    }
+
+    /// [`Vcpu::inject`] where the CPU delivers what the local APIC has.
+    #[inline(never)]
+    fn inject_beside_cpu(&mut self) {
+        self.pass_requests();
+        if self.pending.is_empty() && !self.has_extint() {
+            self.set_window(false, false);
+        } else {
+            self.inject_first();
         }
     }
 
     /// [`Vcpu::inject`] where at most the local APIC has something: mostly.
-    #[inline]
+    #[inline(never)]
     fn inject_from_apic(&mut self) {
-        if self.tier.delivers() {
-            return self.set_window(false, false);
-        }
         let Some(vector) = self.apic.pending() else {
             self.set_threshold(self.apic.threshold());
             return self.set_window(false, false);
@@ -229,7 +236,8 @@ impl Vcpu {
     }
 
     #[inline(never)]
-    fn inject_first(&mut self, interrupt: bool) {
+    fn inject_first(&mut self) {
+        let interrupt = self.has_interrupt();
         let interruptibility = self.vmcs.read(guest::INTERRUPTIBILITY);
         let rflags = self.vmcs.read(guest::RFLAGS);
         match self.pending.choose(interrupt, interruptibility, rflags) {

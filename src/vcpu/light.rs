@@ -316,7 +316,10 @@ impl Vcpu {
     /// Does what is left to do, but for leaving the run.
     #[inline(never)]
     fn settle(&mut self) -> Verdict {
-        if self.attention == Attention::EVENTS {
+        if self.attention.is_empty() {
+            // Nothing but that many exits have left the timer alone.
+            self.write_timer(self.now());
+        } else if self.attention == Attention::EVENTS {
             self.attention = Attention::empty();
             self.inject();
             self.correct_timer();

@@ -16,7 +16,7 @@ use crate::vmx::vmcs::guest;
 /// nanoseconds on silicon, so that the guest's timers are late by a few
 /// microseconds at most. An exit that is followed by a look around counts for half of
 /// those that were left.
-const LIGHT_EXITS: u32 = 16;
+const LIGHT_EXITS: u32 = 32;
 
 /// The timer as it was last set.
 #[derive(Clone, Copy, Debug)]
@@ -76,6 +76,13 @@ impl EntryTimer {
         self.light_exits = left;
         none
     }
+}
+
+/// For a CPU without the preemption timer; this one goes on meanwhile.
+#[cold]
+#[inline(never)]
+fn arm_host_timer(ticks: u64) {
+    time::arm(ticks);
 }
 
 impl Vcpu {
@@ -140,7 +147,7 @@ impl Vcpu {
 
     /// Sets it for the deadline that is known.
     #[inline(never)]
-    fn write_timer(&mut self, now: Ticks) {
+    pub(super) fn write_timer(&mut self, now: Ticks) {
         let controls = self.vmx.controls;
         let deadline = self.timer.deadline;
         let asked = self.ask_before(deadline, self.timer.lead);
@@ -159,8 +166,7 @@ impl Vcpu {
                 u32::try_from(count).unwrap_or(u32::MAX),
             );
         } else if deadline != NEVER {
-            // This one goes on meanwhile.
-            time::arm(ticks);
+            arm_host_timer(ticks);
         }
         self.timer.light_exits = budget;
         self.timer.budget = budget;

@@ -143,6 +143,8 @@ impl Vcpu {
         self.write_eoi_exits();
     }
 
+    #[cold]
+    #[inline(never)]
     fn write_eoi_exits(&mut self) {
         let level = self.apic.take_level_vectors();
         for (field, vectors) in EOI_EXITS.into_iter().zip(level) {
