@@ -46,7 +46,10 @@ pub struct ExitBudget {
     pub ceiling: PerTier,
     /// The ceiling of the outer KVM's exits, where Vireo is nested.
     pub outer: Option<f64>,
-    /// Why the ceilings were last changed.
+    /// Why that one was last changed.
+    #[serde(default)]
+    pub outer_reason: String,
+    /// Why the other ceilings were last changed.
     #[serde(default)]
     pub reason: String,
 }
@@ -333,7 +336,8 @@ impl Budgets {
             }
             budget.name.clone_from(name);
             budget.ceiling = ceiling;
-            self.put_exit(budget, reason);
+            reason.clone_into(&mut budget.reason);
+            self.put_exit(budget);
         }
     }
 
@@ -347,12 +351,12 @@ impl Budgets {
             }
             budget.name.clone_from(&row.name);
             budget.outer = ceiling;
-            self.put_exit(budget, reason);
+            reason.clone_into(&mut budget.outer_reason);
+            self.put_exit(budget);
         }
     }
 
-    fn put_exit(&mut self, mut budget: ExitBudget, reason: &str) {
-        reason.clone_into(&mut budget.reason);
+    fn put_exit(&mut self, budget: ExitBudget) {
         match self.exits.iter_mut().find(|old| old.name == budget.name) {
             Some(old) => *old = budget,
             None => self.exits.push(budget),
@@ -417,8 +421,12 @@ impl Budgets {
                     ),
                     ("fields", fields.map(|[r, w]| format!("[{r}, {w}]"))),
                     ("ceiling", budget.ceiling.text()),
-                    ("outer", budget.outer.map(|number| number.to_string())),
                     ("reason", Some(quoted(&budget.reason))),
+                    ("outer", budget.outer.map(|number| number.to_string())),
+                    (
+                        "outer_reason",
+                        budget.outer.map(|_| quoted(&budget.outer_reason)),
+                    ),
                 ],
             );
         }
@@ -456,7 +464,7 @@ mod tests {
     use super::super::exits::Counts;
     use super::*;
 
-    const TEXT: &str = "# About [[exit]].\n\n[[exit]]\nname = \"CPUID\"\nkvm = 1112\ngoal = 90\nfields = [4, 1]\nceiling = 94\nouter = 2.1\nreason = \"first\"\n\n\
+    const TEXT: &str = "# About [[exit]].\n\n[[exit]]\nname = \"CPUID\"\nkvm = 1112\ngoal = 90\nfields = [4, 1]\nceiling = 94\nreason = \"first\"\nouter = 2.1\nouter_reason = \"first\"\n\n\
         [[exit]]\nname = \"EOI\"\ngoal = { apicv = 40 }\nno_exit = [\"apicv\"]\nceiling = { emulated = 200, apicv = 50 }\nreason = \"it's\"\n\n\
         [[workload]]\nname = \"late\"\nunit = \"more\"\ngoal = 2000\nceiling = 1500\nreason = \"first\"\n\n\
         [[workload]]\nname = \"share\"\nunit = \"alone\"\nceiling = 1.4\nreason = \"first\"\n";
@@ -561,7 +569,8 @@ mod tests {
         budgets.accept_outer(&slow, "fourth");
         assert_eq!(budgets.exit("CPUID").outer, Some(3.1));
         assert_eq!(budgets.exit("EOI").outer, Some(2.2));
-        assert_eq!(budgets.exit("EOI").reason, "fourth");
+        assert_eq!(budgets.exit("EOI").outer_reason, "fourth");
+        assert_eq!(budgets.exit("EOI").reason, "it's");
         let number = |number| Workload {
             rows: vec![("late".into(), number), ("ratio".into(), number)],
             idle: 0.0,

@@ -437,7 +437,7 @@ impl Measured {
                 let verdict = budgets.exit(&row.name).judge(row, tier.mode);
                 if let Some(why) = verdict.failure() {
                     failures.push(format!(
-                        "{} takes {:.1} instructions in the tier {}, {why}",
+                        "{} takes {:.2} instructions in the tier {}, {why}",
                         row.name, row.instructions, tier.mode
                     ));
                 }
@@ -580,11 +580,11 @@ mod tests {
         assert_eq!(
             failures[0],
             format!(
-                "VMCALL, null call takes 1000000.0 instructions in the tier emulated, the budget is {}",
+                "VMCALL, null call takes 1000000.00 instructions in the tier emulated, the budget is {}",
                 ceiling.get(exits::TIERS[0]).unwrap()
             )
         );
-        assert!(failures[1].contains("y takes 1.0") && failures[1].contains("no budget"));
+        assert!(failures[1].contains("y takes 1.00") && failures[1].contains("no budget"));
         assert!(measured.failures(&budgets, "CPU").is_empty());
     }
 }
