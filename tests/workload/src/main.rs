@@ -184,7 +184,7 @@ fn throughput() -> Result<(), Errno> {
 }
 
 fn fork_and_exec(program: &str) -> Result<(), Errno> {
-    const COUNT: usize = 50;
+    const COUNT: usize = 200;
     let start = ticks();
     for _ in 0..COUNT {
         two_processes(

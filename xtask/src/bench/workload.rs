@@ -14,8 +14,9 @@ const END: &str = "end";
 pub const SHARE: &str = "instructions of Vireo, %";
 
 /// What is hidden from the guest because the bare emulator's Linux does not use
-/// it either (see [`crate::machine::bare`]): the two are to execute the same.
-pub const OPTIONS: &str = "clearcpuid=erms,fsrm,pku,xsaves,xsavec";
+/// it either (see [`crate::machine::bare`]): the two are to execute the same. Nor are
+/// addresses random, on which it depends how many page tables a process takes.
+pub const OPTIONS: &str = "clearcpuid=erms,fsrm,pku,xsaves,xsavec norandmaps";
 
 /// The rows and the end.
 #[derive(Clone, Debug, PartialEq)]
