@@ -2,17 +2,20 @@
 #![no_std]
 #![no_main]
 
+extern crate alloc;
+
 // Its functions are called by compiled code only.
 use vireo_freestanding as _;
 
+use alloc::boxed::Box;
 use core::arch::naked_asm;
 use core::panic::PanicInfo;
 use log::{LevelFilter, error, info, warn};
 use vireo::host::{
-    acpi, console, descriptors, framebuffer, io_apic, local_apic, memory, panic, power, serial,
-    time,
+    acpi, console, cpus, descriptors, framebuffer, io_apic, local_apic, memory, panic, power,
+    serial, time,
 };
-use vireo::{monitor, vmx};
+use vireo::monitor::{self, processors};
 use vireo_handoff::{BootInfo, Handoff, MAGIC};
 
 /// Bytes of the stack that the hypervisor boots and runs its loop on.
@@ -53,14 +56,14 @@ extern "C" fn main(handoff: *const Handoff) -> ! {
     }
     // SAFETY: the loader's promise (`vireo_handoff`): RDI points at a handoff in the direct map.
     let boot = match unsafe { boot_info(handoff) } {
-        Ok(boot) => boot,
+        Ok(boot) => &*Box::leak(Box::new(boot)),
         Err(reason) => fail(format_args!(
             "the hypervisor was not started by its loader: {reason}"
         )),
     };
     // SAFETY: `boot` is what the loader handed over, and each of these runs once, in this order.
     unsafe {
-        memory::init(&boot);
+        memory::init(boot);
         if let Some(screen) = &boot.framebuffer
             && let Err(error) = framebuffer::init(screen)
         {
@@ -72,7 +75,7 @@ extern "C" fn main(handoff: *const Handoff) -> ! {
     }
     let platform = acpi::init(boot.rsdp);
     // SAFETY: as above.
-    let off_switch = unsafe { power::init(&boot) };
+    let off_switch = unsafe { power::init(boot) };
     // SAFETY: as above; interrupts stay off until `console::start`.
     unsafe {
         if let Err(error) = local_apic::init() {
@@ -98,15 +101,22 @@ extern "C" fn main(handoff: *const Handoff) -> ! {
         frequency.source
     );
     #[cfg(feature = "selftest")]
-    vireo::host::selftest::run(&boot);
-    // SAFETY: the boot processor, once, with interrupts off.
-    let vmx = match unsafe { vmx::operation::start() } {
-        Ok(vmx) => vmx,
-        Err(reason) => fail(format_args!("{reason}")),
+    vireo::host::selftest::run(boot);
+    // SAFETY: once, here, and all of the host is there.
+    unsafe {
+        cpus::start(boot, processors::prepare, |cpu, reason| {
+            warn!("a CPU is left out, that with APIC identifier {cpu}: {reason}");
+        });
+    }
+    // SAFETY: the bootstrap processor, once, with interrupts off.
+    let vmx = match cpus::get(cpus::BOOTSTRAP).map(|cpu| unsafe { processors::start(cpu) }) {
+        Some(Ok(vmx)) => vmx,
+        Some(Err(reason)) => fail(format_args!("{reason}")),
+        None => fail(format_args!("the firmware lists no CPU")),
     };
     monitor::features::tell(&vmx);
 
-    monitor::guests::run_all(&boot, vmx);
+    monitor::guests::run_all(boot, vmx);
     power::off_or_halt()
 }
 

@@ -45,6 +45,7 @@ const IST_VECTORS: [usize; 3] = [NMI, DOUBLE_FAULT, MACHINE_CHECK];
 const IST_PAGES: u64 = 4;
 
 /// GDT and TSS of one CPU.
+#[derive(Debug)]
 #[repr(C, align(16))]
 pub struct CpuTables {
     gdt: UnsafeCell<[u64; 5]>,

@@ -18,6 +18,7 @@
 
 pub mod acpi;
 pub mod console;
+pub mod cpus;
 pub mod descriptors;
 pub mod framebuffer;
 pub mod interrupts;

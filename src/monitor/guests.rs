@@ -1,9 +1,12 @@
-//! The guests of the configuration: all are loaded, then they run one after
-//! the other on the boot processor.
+//! The guests of the configuration: all are loaded, then each runs on the CPU that it has for
+//! itself, and those that have none run one after the other on the bootstrap processor.
 
 use super::statistics::Exits;
+use super::{log, processors};
+use crate::arch::cpu;
 use crate::devices::Clock;
 use crate::devices::chipset::ChipsetConfig;
+use crate::host::cpus::{self, Cpu, Work};
 use crate::host::memory;
 use crate::host::memory::frames::{ALIGN_2M, FrameRange};
 use crate::host::time;
@@ -19,11 +22,14 @@ use crate::vmx::ept::EptError;
 use crate::vmx::memory_type::Mtrrs;
 use crate::vmx::operation::Vmx;
 use crate::vmx::vpid::{Vpid, VpidAllocator};
+use ::log::{error, info, warn};
+use alloc::boxed::Box;
 use alloc::string::ToString;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
-use log::{error, info, warn};
+use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use spin::{Mutex, Once};
 use vireo_handoff::layout::DIRECT_MAP;
 use vireo_handoff::{BootInfo, config};
 
@@ -32,6 +38,7 @@ use vireo_handoff::{BootInfo, config};
 enum StartError {
     NotEnoughMemory { needed: u64, largest_free: u64 },
     NoSuchFile,
+    NoSuchCpu(u32),
     Tables(OutOfSlot),
     Boot(BootError),
     Ept(EptError),
@@ -50,6 +57,13 @@ impl fmt::Display for StartError {
                 needed >> 20,
                 largest_free >> 20
             ),
+            Self::NoSuchCpu(number) => {
+                write!(
+                    f,
+                    "`cpus` in vireo.toml names CPU {number}, and the machine has these:"
+                )?;
+                cpus::all().try_for_each(|cpu| write!(f, " {}", cpu.number))
+            }
             Self::NoSuchFile => f.write_str("an image that the configuration names was not loaded"),
             Self::Tables(error) => write!(f, "its tables do not fit into its memory: {error:?}"),
             Self::Boot(error) => error.fmt(f),
@@ -59,8 +73,15 @@ impl fmt::Display for StartError {
     }
 }
 
+/// Guests that run on CPUs of their own. Whoever finds that there are none needs to see
+/// nothing else of theirs.
+static RUNNING: AtomicUsize = AtomicUsize::new(0);
+/// Bytes of memory of the guests that are there.
+static LOADED: AtomicU64 = AtomicU64::new(0);
+static VPIDS: Mutex<VpidAllocator> = Mutex::new(VpidAllocator::new());
+
 /// Runs every guest to its end, and says how each ended or why it did not start.
-pub fn run_all(boot: &BootInfo, vmx: Vmx) {
+pub fn run_all(boot: &'static BootInfo, vmx: Vmx) {
     let mut guests = Vec::new();
     for config in &boot.config.vm {
         match Loaded::new(boot, config) {
@@ -70,34 +91,58 @@ pub fn run_all(boot: &BootInfo, vmx: Vmx) {
     }
     // SAFETY: here and only here; what was loaded was copied.
     unsafe { memory::release_files(boot) };
+    let loaded = guests.iter().map(|guest| guest.config.memory).sum();
+    LOADED.store(loaded, Ordering::Relaxed);
 
-    let mut loaded: u64 = guests.iter().map(|guest| guest.config.memory).sum();
-    let mut told = false;
-    let mut vpids = VpidAllocator::new();
+    let mut others = Vec::new();
     for guest in guests {
-        let config = guest.config;
-        let result = guest.run(vmx, &mut vpids, || {
-            if !told {
-                tell_memory(loaded);
-                told = true;
-            }
-        });
-        loaded -= config.memory;
-        match result {
-            Ok(end) => info!("vm {}: {end}", config.name),
-            Err(reason) => error!("vm {}: {reason}", config.name),
+        match guest.cpu {
+            Some(cpu) => start_on(cpu, guest),
+            None => others.push(guest),
         }
+    }
+    for guest in others {
+        guest.run(vmx);
+    }
+    while RUNNING.load(Ordering::Relaxed) > 0 {
+        // The last one's kick ends this.
+        cpu::wait_for_interrupt();
     }
 }
 
-/// Says what memory is in use, of which `guests` bytes are guests'.
-fn tell_memory(guests: u64) {
-    let own = memory::usage().saturating_sub(guests);
-    info!(
-        "memory: {} KiB hypervisor, {} KiB guests",
-        own.div_ceil(1024),
-        guests / 1024
-    );
+/// Has `guest` run on `cpu`, which it has for itself.
+fn start_on(cpu: &'static Cpu, guest: Loaded) {
+    RUNNING.fetch_add(1, Ordering::Relaxed);
+    let name = &guest.config.name;
+    let work: Work = Box::new(move |cpu| {
+        match processors::vmx(cpu) {
+            Some(vmx) => guest.run(vmx),
+            None => error!("vm {}: CPU {} has no VT-x", guest.config.name, cpu.number),
+        }
+        RUNNING.fetch_sub(1, Ordering::Relaxed);
+        if let Some(bootstrap) = cpus::get(cpus::BOOTSTRAP) {
+            bootstrap.kick();
+        }
+    });
+    if cpu.give(work).is_err() {
+        RUNNING.fetch_sub(1, Ordering::Relaxed);
+        error!("vm {name}: CPU {} is busy", cpu.number);
+    }
+}
+
+/// Says what memory is in use, once.
+fn tell_memory() {
+    static TOLD: Once = Once::new();
+    TOLD.call_once(|| {
+        let guests = LOADED.load(Ordering::Relaxed);
+        let own = memory::usage().saturating_sub(guests);
+        info!(
+            target: log::ALWAYS,
+            "memory: {} KiB hypervisor, {} KiB guests",
+            own.div_ceil(1024),
+            guests / 1024
+        );
+    });
 }
 
 /// A guest's memory, given back when it is gone.
@@ -112,17 +157,26 @@ impl Drop for Block {
 }
 
 /// A guest that is ready to start. Fields are dropped in their order.
-struct Loaded<'a> {
-    config: &'a config::Vm,
+struct Loaded {
+    config: &'static config::Vm,
+    /// Whose it is alone, but for the bootstrap processor.
+    cpu: Option<&'static Cpu>,
     memory: GuestMemory,
     map: MemoryMap,
     entry: EntryState,
     block: Block,
 }
 
-impl<'a> Loaded<'a> {
+impl Loaded {
     /// Takes the guest's memory and fills it.
-    fn new(boot_info: &BootInfo, config: &'a config::Vm) -> Result<Self, StartError> {
+    fn new(boot_info: &BootInfo, config: &'static config::Vm) -> Result<Self, StartError> {
+        let cpu = match config.cpus.first() {
+            None => None,
+            Some(&number) => {
+                let cpu = cpus::get(number as usize).ok_or(StartError::NoSuchCpu(number))?;
+                (cpu.number != cpus::BOOTSTRAP).then_some(cpu)
+            }
+        };
         let frames =
             memory::allocate(config.memory >> 12, ALIGN_2M).ok_or(StartError::NotEnoughMemory {
                 needed: config.memory,
@@ -150,6 +204,7 @@ impl<'a> Loaded<'a> {
             .map_err(StartError::Boot)?;
         Ok(Self {
             config,
+            cpu,
             memory,
             map,
             entry,
@@ -157,15 +212,21 @@ impl<'a> Loaded<'a> {
         })
     }
 
-    /// Runs the guest to its end; `ready` is called when all is there that it needs.
-    fn run(
-        self,
-        vmx: Vmx,
-        vpids: &mut VpidAllocator,
-        ready: impl FnOnce(),
-    ) -> Result<End, StartError> {
+    /// Runs the guest to its end on this CPU, and says how it ended or why it did not start.
+    fn run(self, vmx: Vmx) {
+        let config = self.config;
+        let result = self.run_to_end(vmx);
+        LOADED.fetch_sub(config.memory, Ordering::Relaxed);
+        match result {
+            Ok(end) => info!(target: log::ALWAYS, "vm {}: {end}", config.name),
+            Err(reason) => error!("vm {}: {reason}", config.name),
+        }
+    }
+
+    fn run_to_end(self, vmx: Vmx) -> Result<End, StartError> {
         let Self {
             config,
+            cpu,
             memory,
             map,
             entry,
@@ -190,7 +251,7 @@ impl<'a> Loaded<'a> {
             },
         )
         .map_err(StartError::Ept)?;
-        let vpid = vpids.allocate().unwrap_or(Vpid::HOST);
+        let vpid = VPIDS.lock().allocate().unwrap_or(Vpid::HOST);
         let result = Vcpu::new(Arc::new(vm), 0, vmx, vpid, &entry)
             .map(|(mut vcpu, mut stack)| {
                 let statistics = stack.statistics();
@@ -202,19 +263,24 @@ impl<'a> Loaded<'a> {
                         config.name
                     );
                 }
-                ready();
+                tell_memory();
                 let (memory, tier) = (config.memory >> 20, vcpu.apic_tier());
-                info!("vm {}: started, {memory} MiB, APIC {tier}", config.name);
-                super::log::quiet(true);
+                let number = cpu.map_or(cpus::BOOTSTRAP, |cpu| cpu.number);
+                info!(
+                    target: log::ALWAYS,
+                    "vm {}: started, {memory} MiB, APIC {tier}, CPU {number}",
+                    config.name
+                );
+                log::quiet(true);
                 #[cfg(feature = "count-vmcs")]
                 crate::vmx::count::reset();
                 let end = vcpu.run(&mut stack, &entry);
-                super::log::quiet(false);
+                log::quiet(false);
                 tell_exits(&config.name, &statistics);
                 end
             })
             .map_err(StartError::Setup);
-        vpids.free(vpid);
+        VPIDS.lock().free(vpid);
         result
     }
 }

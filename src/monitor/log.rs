@@ -8,7 +8,7 @@ use crate::host::console::{self, Ring};
 use crate::host::framebuffer;
 use arrayvec::ArrayString;
 use core::fmt::Write;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use spin::Mutex;
 
@@ -18,7 +18,8 @@ pub const RING: usize = 32 * 1024;
 const LINE: usize = 512;
 
 static MEMORY: Mutex<Ring<RING>> = Mutex::new(Ring::new());
-static QUIET: AtomicBool = AtomicBool::new(false);
+/// Who wants it quiet; no other memory is read because of it.
+static QUIET: AtomicU32 = AtomicU32::new(0);
 static LOST: AtomicU64 = AtomicU64::new(0);
 
 struct Backend;
@@ -34,7 +35,8 @@ impl Log for Backend {
             let mut memory = MEMORY.lock();
             line.bytes().for_each(|byte| memory.push_over(byte));
         });
-        if record.level() == Level::Error || !QUIET.load(Ordering::Relaxed) {
+        let shown = record.level() == Level::Error || record.target() == ALWAYS;
+        if shown || QUIET.load(Ordering::Relaxed) == 0 {
             show(&line);
             framebuffer::write(&line);
         }
@@ -90,9 +92,17 @@ pub fn init(level: LevelFilter) {
     log::set_max_level(level);
 }
 
-/// Keeps everything but errors off the serial port, or no longer does.
+/// The target of what the operator waits for, and gets to see as errors are seen.
+pub const ALWAYS: &str = "always";
+
+/// Keeps everything but errors, and what is for [`ALWAYS`], off the serial port, until as many
+/// calls with false have come as with true.
 pub fn quiet(on: bool) {
-    QUIET.store(on, Ordering::Relaxed);
+    if on {
+        QUIET.fetch_add(1, Ordering::Relaxed);
+    } else {
+        QUIET.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Lines that the console had no room for; the memory ring has them.

@@ -3,4 +3,5 @@
 pub mod features;
 pub mod guests;
 pub mod log;
+pub mod processors;
 pub mod statistics;

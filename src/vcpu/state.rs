@@ -16,7 +16,6 @@ use crate::arch::msr::try_read;
 use crate::arch::registers::GeneralRegisters;
 use crate::devices::local_apic::{APIC_TIMER_HZ, LocalApic};
 use crate::devices::pc;
-use crate::host::descriptors;
 use crate::host::memory::paging::{self, MapError};
 use crate::vm::boot::{EntryMode, EntryState};
 use crate::vm::machine::Vm;
@@ -146,7 +145,7 @@ impl Vcpu {
         // SAFETY: VMX operation is on (`vmx` says so), the page is new, and a CPU has one vCPU
         // at a time.
         let mut vmcs = unsafe { Vmcs::load(region) }.map_err(SetupError::Vmx)?;
-        host_state::write(&mut vmcs, descriptors::bootstrap());
+        host_state::write(&mut vmcs, vmx.tables);
         let stack = Entry::new(&mut vmcs).map_err(SetupError::Stack)?;
 
         let mut bitmaps = Box::new(Bitmaps {

@@ -4,6 +4,7 @@ use super::capability::Capabilities;
 use super::controls::{Controls, Missing};
 use crate::addr::Hpa;
 use crate::arch::msr;
+use crate::host::descriptors::CpuTables;
 use crate::host::memory::{self, frames::ALIGN_4K, paging};
 use core::fmt;
 use x86::vmx::VmFail;
@@ -84,16 +85,18 @@ const fn feature_control(value: u64) -> FeatureControl {
 pub struct Vmx {
     pub capabilities: Capabilities,
     pub controls: Controls,
+    /// The tables of this CPU, which it comes back to at each VM exit.
+    pub tables: &'static CpuTables,
 }
 
-/// Switches VMX operation on for this CPU.
+/// Switches VMX operation on for this CPU, whose tables are `tables`.
 ///
 /// # Errors
 /// Why it cannot run guests; the CPU is then as it was, but for a lock of IA32_FEATURE_CONTROL.
 ///
 /// # Safety
 /// Called once on each CPU, at CPL 0, with interrupts off.
-pub unsafe fn start() -> Result<Vmx, Unusable> {
+pub unsafe fn start(tables: &'static CpuTables) -> Result<Vmx, Unusable> {
     let has_vmx = crate::arch::cpu::cpuid()
         .get_feature_info()
         .is_some_and(|info| info.has_vmx());
@@ -126,6 +129,7 @@ pub unsafe fn start() -> Result<Vmx, Unusable> {
     Ok(Vmx {
         capabilities,
         controls,
+        tables,
     })
 }
 

@@ -109,7 +109,7 @@ fn pc_on_the_oldest_cpu(case: &mut Case) -> Result<()> {
         "it has FlexPriority",
         said(
             &seen,
-            "vireo: vm modest: started, 64 MiB, APIC FlexPriority",
+            "vireo: vm modest: started, 64 MiB, APIC FlexPriority, CPU 0",
         ),
         &seen.console,
     );

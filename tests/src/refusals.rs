@@ -12,6 +12,7 @@ pub fn add(suite: &mut Suite) {
     suite.add("refusals::malformed", malformed);
     suite.add("refusals::unknown_key", unknown_key);
     suite.add("refusals::one_name_twice", one_name_twice);
+    suite.add("refusals::one_cpu_twice", one_cpu_twice);
 }
 
 /// Boots `config` and looks for `words` in the sentence of the refusal.
@@ -49,4 +50,10 @@ fn unknown_key(case: &mut Case) -> Result<()> {
 fn one_name_twice(case: &mut Case) -> Result<()> {
     let config = format!("{GUEST}{GUEST}");
     refused(case, &config, &["vireo.toml:6:8: ", "second", "\"a\""])
+}
+
+fn one_cpu_twice(case: &mut Case) -> Result<()> {
+    let other = GUEST.replace("\"a\"", "\"b\"");
+    let config = format!("{GUEST}cpus = [1]\n{other}cpus = [1]\n");
+    refused(case, &config, &["vireo.toml:10:8: ", "CPU 1", "\"a\""])
 }

@@ -19,6 +19,7 @@ pub fn add(suite: &mut Suite) {
     suite.add("unusable::no_ept", no_ept);
     suite.add("unusable::no_unrestricted_guest", no_unrestricted_guest);
     suite.add("unusable::too_little_memory", too_little_memory);
+    suite.add("unusable::no_such_cpu", no_such_cpu);
     suite.add("unusable::no_kernel", no_kernel);
     suite.add("unusable::kernel_truncated", kernel_truncated);
     suite.add(
@@ -90,6 +91,18 @@ fn too_little_memory(case: &mut Case) -> Result<()> {
             "this machine has 1",
             "lower `memory`",
         ],
+    )
+}
+
+/// The other CPU is there, and is named.
+fn no_such_cpu(case: &mut Case) -> Result<()> {
+    let config = format!("{GUEST}cpus = [3]\n");
+    let machine = case
+        .machine()
+        .volume(&config, &[("kernel", &images::empty_elf())])?;
+    case.refusal(
+        machine.options(["--smp", "2"]),
+        &["vm a: `cpus`", "CPU 3", "has these: 0 1"],
     )
 }
 

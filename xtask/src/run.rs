@@ -70,6 +70,9 @@ pub struct Options {
     /// The emulator's CPU model, by the emulator's name for it
     #[arg(long, value_name = "MODEL")]
     cpu: Option<String>,
+    /// The machine's CPUs; left out, as many as the guests' `cpus` name
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=64))]
+    smp: Option<u32>,
     /// The whole machine's memory; what is left out is what the guests and Vireo need
     #[arg(long, value_name = "SIZE", value_parser = size)]
     machine_memory: Option<u64>,
@@ -195,6 +198,7 @@ pub fn run(options: &Options) -> Result<u8> {
     let mut config = MachineConfig {
         cpu_model: options.cpu.clone(),
         ips: options.ips,
+        cpus: options.smp.unwrap_or_else(|| disk.cpus()),
         ..MachineConfig::new(&folder.path.join(DISK), &folder.path, disk.memory())
     };
     let fingerprint = disk.fingerprint();
@@ -268,6 +272,14 @@ impl Disk<'_> {
         match self {
             Self::Volume(volume) => volume.memory(),
             Self::Given(_) => 256 << 20,
+        }
+    }
+
+    /// CPUs that the guests need; assumed where only they know.
+    fn cpus(&self) -> u32 {
+        match self {
+            Self::Volume(volume) => volume.cpus(),
+            Self::Given(_) => 1,
         }
     }
 

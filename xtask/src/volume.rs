@@ -109,6 +109,7 @@ impl Volume {
             name: "linux".into(),
             memory,
             vcpus,
+            cpus: Vec::new(),
             kernel: "kernel".into(),
             initrd: initrd.is_some().then(|| "initrd".into()),
             cmdline,
@@ -177,6 +178,12 @@ impl Volume {
     pub fn memory(&self) -> u64 {
         let sizes = self.config.vm.iter().map(|vm| vm.memory);
         sizes.fold(0, u64::saturating_add)
+    }
+
+    /// CPUs that a machine must have for all guests.
+    pub fn cpus(&self) -> u32 {
+        let named = self.config.vm.iter().flat_map(|vm| &vm.cpus);
+        named.max().map_or(1, |last| last.saturating_add(1))
     }
 
     /// The guest, where there is just one.

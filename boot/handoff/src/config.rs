@@ -24,6 +24,10 @@ pub struct Vm {
     pub memory: u64,
     /// Number of virtual CPUs.
     pub vcpus: u32,
+    /// The CPUs that it has for itself, one for each virtual CPU, by their numbers in the
+    /// firmware's list; without any it runs on the bootstrap processor, one guest after the
+    /// other.
+    pub cpus: Vec<u32>,
     /// What is booted.
     pub kernel: String,
     /// Initial RAM disk.
@@ -165,6 +169,8 @@ mod read {
         memory: Spanned<Memory>,
         #[serde(default = "one")]
         vcpus: Spanned<u32>,
+        #[serde(default = "none")]
+        cpus: Spanned<Vec<u32>>,
         kernel: String,
         initrd: Option<String>,
         #[serde(default)]
@@ -177,6 +183,10 @@ mod read {
 
     fn one() -> Spanned<u32> {
         Spanned::new(0..0, 1)
+    }
+
+    fn none() -> Spanned<Vec<u32>> {
+        Spanned::new(0..0, Vec::new())
     }
 
     /// Bytes, or a number with K, M or G.
@@ -247,10 +257,30 @@ mod read {
                         format!("vcpus is {vcpus}; expected 1, more are not supported yet");
                     return Err(error(vm.vcpus.span(), reason));
                 }
+                let cpus = vm.cpus.get_ref();
+                if !cpus.is_empty() && cpus.len() != vcpus as usize {
+                    let reason = format!(
+                        "cpus names {} CPUs; expected one for each of its vcpus, which are {vcpus}",
+                        cpus.len()
+                    );
+                    return Err(error(vm.cpus.span(), reason));
+                }
+                let owner = |cpu: &u32| config.vm.iter().find(|other| other.cpus.contains(cpu));
+                if let Some((cpu, other)) = cpus.iter().find_map(|cpu| Some((cpu, owner(cpu)?))) {
+                    let reason =
+                        format!("CPU {cpu} is the vm \"{}\"'s; expected others", other.name);
+                    return Err(error(vm.cpus.span(), reason));
+                }
+                let own = |cpu: &&u32| cpus.iter().filter(|other| other == cpu).count() > 1;
+                if let Some(cpu) = cpus.iter().find(own) {
+                    let reason = format!("cpus names CPU {cpu} twice; expected different ones");
+                    return Err(error(vm.cpus.span(), reason));
+                }
                 config.vm.push(Vm {
                     name: name.clone(),
                     memory,
                     vcpus,
+                    cpus: cpus.clone(),
                     kernel: vm.kernel,
                     initrd: vm.initrd,
                     cmdline: vm.cmdline,
@@ -335,6 +365,35 @@ mod read {
                 ),
                 "{wrong}"
             );
+        }
+
+        #[test]
+        fn a_cpu_has_one_owner() {
+            let other = GOOD.replace("\"a\"", "\"b\"");
+            let both = |first, second| {
+                Config::parse(
+                    "vireo.toml",
+                    &alloc::format!("{GOOD}{first}\n{other}{second}\n"),
+                )
+            };
+            let config = both("cpus = [1]", "cpus = [2]").unwrap();
+            assert_eq!(
+                (&*config.vm[0].cpus, &*config.vm[1].cpus),
+                (&[1][..], &[2][..])
+            );
+            assert!(both("", "cpus = [0]").unwrap().vm[0].cpus.is_empty());
+            for (first, second, expected) in [
+                ("cpus = [1]", "cpus = [1]", "10:8: CPU 1 is the vm \"a\"'s"),
+                (
+                    "",
+                    "cpus = [1, 2]",
+                    "10:8: cpus names 2 CPUs; expected one for each",
+                ),
+                ("cpus = [-1]", "", "5:9: invalid value"),
+            ] {
+                let wrong = both(first, second).unwrap_err().to_string();
+                assert!(wrong.contains(expected), "{wrong}");
+            }
         }
 
         #[test]

@@ -406,6 +406,20 @@ pub unsafe fn map_firmware(start: Hpa, len: u64, access: FirmwareAccess) -> Resu
     Ok(())
 }
 
+/// Takes back a page of [`map_firmware`], on this CPU at once and on others when they load
+/// CR3 or have no room for the translation.
+///
+/// # Safety
+/// Nobody may use the page any more, on any CPU.
+pub unsafe fn unmap_firmware(address: Hva) {
+    if address.0 < LOWER_HALF
+        && let Some(dynamic) = DYNAMIC.lock().as_mut()
+    {
+        dynamic.tables.unmap(address);
+        cpu::invalidate_page(address);
+    }
+}
+
 /// Unmaps one page of the dynamic area; the frame behind it.
 ///
 /// # Safety
