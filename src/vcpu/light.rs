@@ -1,8 +1,8 @@
 //! Light exits: the table that the exit stub asks first.
 //!
 //! Each handler answers by the same method as the `match` in [`super::exits`], which
-//! knows every reason; here are those that a busy guest causes and that need
-//! no more than RAX, RBX, RCX and RDX.
+//! knows every reason; here are those that a busy guest causes. Those that need more than RAX,
+//! RBX, RCX and RDX have all registers stored first ([`with_all`]).
 
 use super::events::Exception;
 use super::msr::number::{TSC_ADJUST, TSC_DEADLINE, X2APIC_EOI, X2APIC_ICR, X2APIC_SELF_IPI};
@@ -11,7 +11,7 @@ use crate::arch::registers::{GeneralRegisters, LightRegisters};
 use crate::devices::{Width, pc};
 use crate::vmx::apic::ApicPageAccess;
 use crate::vmx::entry::{LightTable, Verdict, WithAll, with_all};
-use crate::vmx::exit::{EptViolation, InterruptionInfo, IoAccess};
+use crate::vmx::exit::{ControlRegisterAccess, EptViolation, InterruptionInfo, IoAccess};
 use crate::vmx::exit_reason::{REASONS, number};
 use crate::vmx::vmcs::information;
 
@@ -25,6 +25,7 @@ pub(super) static TABLE: LightTable<Vcpu> = {
     table[number::HLT] = hlt;
     table[number::INVD] = skip;
     table[number::VMCALL] = vmcall;
+    table[number::CONTROL_REGISTER] = with_all::<Vcpu, ControlRegisters>;
     table[number::IO] = io;
     table[number::RDMSR] = rdmsr;
     table[number::WRMSR] = wrmsr;
@@ -290,6 +291,18 @@ impl WithAll<Vcpu> for ApicAccesses {
         }
         vcpu.complete_access(plan.length);
         vcpu.verdict()
+    }
+}
+
+/// CR0, CR3, CR4 and CR8, as far as the guest does not own them.
+struct ControlRegisters;
+
+impl WithAll<Vcpu> for ControlRegisters {
+    extern "C" fn answer(vcpu: &mut Vcpu, registers: &mut GeneralRegisters) -> Verdict {
+        let qualification = vcpu.vmcs.read_basic(information::EXIT_QUALIFICATION);
+        let access = ControlRegisterAccess::decode(qualification);
+        let result = vcpu.control_register(access, registers);
+        vcpu.conclude(result)
     }
 }
 

@@ -135,7 +135,8 @@ pub enum ControlRegisterAccess {
 }
 
 impl ControlRegisterAccess {
-    const fn decode(qualification: u64) -> Self {
+    /// From the exit qualification.
+    pub const fn decode(qualification: u64) -> Self {
         let register = (qualification & 15) as u8;
         let general = (qualification >> 8 & 15) as u8;
         match qualification >> 4 & 3 {

@@ -12,6 +12,7 @@ pub mod number {
     pub const HLT: usize = 12;
     pub const INVD: usize = 13;
     pub const VMCALL: usize = 18;
+    pub const CONTROL_REGISTER: usize = 28;
     pub const IO: usize = 30;
     pub const RDMSR: usize = 31;
     pub const WRMSR: usize = 32;
