@@ -90,6 +90,7 @@ extern "C" fn main(handoff: *const Handoff) -> ! {
     };
     time::init_timer();
     console::start();
+    monitor::console::start(boot);
 
     let (total, free) = memory::counts();
     info!(
@@ -117,6 +118,7 @@ extern "C" fn main(handoff: *const Handoff) -> ! {
     monitor::features::tell(&vmx);
 
     monitor::guests::run_all(boot, vmx);
+    monitor::console::flush();
     power::off_or_halt()
 }
 

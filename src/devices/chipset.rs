@@ -263,6 +263,11 @@ impl Chipset {
         result
     }
 
+    /// Whether COM1 waits for its output to be fetched.
+    pub const fn serial_output_waits(&self) -> bool {
+        self.com1.output_waits()
+    }
+
     /// Somebody presses the power button.
     pub fn press_power_button(&mut self) {
         self.pm.press_power_button();

@@ -149,6 +149,12 @@ impl Uart {
         Output { uart: self }
     }
 
+    /// Whether the transmitter waits for its output to be fetched.
+    #[inline]
+    pub const fn output_waits(&self) -> bool {
+        !self.transmitter.is_empty()
+    }
+
     /// Offers a byte to the receiver; false when it has no room or is looped
     /// back, and the byte is to be offered again later.
     pub fn receive(&mut self, now: Ticks, byte: u8) -> bool {

@@ -3,11 +3,18 @@
 //! Nobody waits here. [`write`] takes what fits and says how much that was;
 //! the interrupt handler refills the transmitter's FIFO each time it runs
 //! empty. Until [`start`], output is polled.
+//!
+//! Who has to do something each time that bytes have moved registers a function for it
+//! ([`on_moved`]), since the users of this lie on higher floors.
 
-use super::{interrupts, io_apic, serial};
+use super::{interrupts, io_apic, local_apic, serial};
 use crate::arch::cpu::without_interrupts;
 use arrayvec::ArrayVec;
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::hint;
+use core::mem;
+use core::ptr;
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
+use local_apic::{Command, Target};
 use spin::Mutex;
 use uart_16550::spec::FIFO_SIZE;
 
@@ -17,6 +24,9 @@ pub const TRANSMIT_BUFFER: usize = 16 * 1024;
 pub const RECEIVE_BUFFER: usize = 1024;
 /// Received bytes taken in one interrupt; more come with the next one.
 const RECEIVE_BURST: usize = 64;
+
+/// PAUSEs between two looks at the transmitter.
+const PAUSES: u32 = 50;
 
 /// A byte queue of fixed capacity.
 pub struct Ring<const N: usize> {
@@ -85,6 +95,11 @@ impl<const N: usize> Ring<N> {
         Some(byte)
     }
 
+    /// The byte before which `index` others were queued that still are.
+    pub fn get(&self, index: usize) -> Option<u8> {
+        (index < self.len).then(|| self.bytes[(self.start + index) % N])
+    }
+
     /// The queued bytes, oldest first.
     pub fn iter(&self) -> impl Iterator<Item = u8> + '_ {
         (0..self.len).map(|i| self.bytes[(self.start + i) % N])
@@ -104,9 +119,12 @@ static CONSOLE: Mutex<Console> = Mutex::new(Console {
     running: false,
 });
 
-/// The interrupt handler has run. What it has done is behind the lock, so that no
-/// order is asked for here.
-static MOVED: AtomicBool = AtomicBool::new(false);
+/// Called when bytes have moved; null for nobody.
+static ON_MOVED: AtomicPtr<()> = AtomicPtr::new(ptr::null_mut());
+
+/// The local APIC identifier of the CPU that the UART interrupts. Written before there are
+/// others.
+static CPU: AtomicU32 = AtomicU32::new(0);
 
 /// The transmit interrupt is enabled, so the queue is being drained. Written
 /// with the console locked.
@@ -123,6 +141,33 @@ pub fn is_draining() -> bool {
     DRAINING.load(Ordering::Relaxed)
 }
 
+/// Has `hook` called after each interrupt of the UART, on the CPU that it interrupts, with
+/// interrupts off. It must not wait.
+pub fn on_moved(hook: fn()) {
+    ON_MOVED.store(hook as *mut (), Ordering::Release);
+}
+
+fn moved() {
+    let hook = ON_MOVED.load(Ordering::Acquire);
+    if !hook.is_null() {
+        // SAFETY: `on_moved` has stored a function of this type.
+        unsafe { mem::transmute::<*mut (), fn()>(hook)() };
+    }
+}
+
+/// Has the hook called, since there is output that it does not know of. On the UART's CPU it
+/// is called here; another CPU interrupts that one, and does not wait for it.
+pub fn attend() {
+    let cpu = CPU.load(Ordering::Relaxed);
+    if local_apic::id() == cpu {
+        without_interrupts(moved);
+    } else {
+        let command = Command::fixed(Target::Cpu(cpu), interrupts::COM1);
+        // Where no interrupt can be sent, there is no other CPU either.
+        local_apic::send(command);
+    }
+}
+
 /// Runs `f` with the console locked. Interrupts are off meanwhile, since the
 /// handler takes the same lock.
 fn with<R>(f: impl FnOnce(&mut Console) -> R) -> R {
@@ -132,6 +177,7 @@ fn with<R>(f: impl FnOnce(&mut Console) -> R) -> R {
 /// Turns from polling to interrupts. COM1's line must be routed to
 /// [`interrupts::COM1`] ([`io_apic::init`]).
 pub fn start() {
+    CPU.store(local_apic::id(), Ordering::Relaxed);
     if !serial::present() {
         return;
     }
@@ -200,14 +246,13 @@ pub fn read() -> Option<u8> {
     with(|console| console.receive.pop())
 }
 
-/// Bytes that wait for [`read`].
-pub fn pending() -> usize {
-    with(|console| console.receive.len())
+/// Bytes that wait for the transmitter now.
+pub fn queued() -> usize {
+    with(|console| console.transmit.len())
 }
 
 /// The UART's interrupt handler. Bounded, waits for nothing.
 pub fn interrupt() {
-    MOVED.store(true, Ordering::Relaxed);
     with(|console| {
         serial::acknowledge();
         for _ in 0..RECEIVE_BURST {
@@ -224,17 +269,26 @@ pub fn interrupt() {
             }
         }
     });
+    moved();
 }
 
-/// Whether the UART has interrupted since the last call: there may be input, or room
-/// for output. Costs a read where it has not.
-#[inline]
-pub fn has_moved() -> bool {
-    MOVED.load(Ordering::Relaxed) && MOVED.swap(false, Ordering::Relaxed)
-}
-
-/// Sends everything that is queued, by polling. Before power-off only.
+/// Sends everything that is queued, by polling, but gives everybody else the console in
+/// between. A transmitter that does not move is given up.
 pub fn flush() {
+    let mut idle = 0;
+    while idle < serial::PATIENCE {
+        let (before, after) = with(|console| {
+            let before = console.transmit.len();
+            serial::refill(|| console.transmit.pop());
+            (before, console.transmit.len())
+        });
+        if after == 0 {
+            return;
+        }
+        idle = if after < before { 0 } else { idle + 1 };
+        // Another CPU that waits for the lock gets it.
+        (0..PAUSES).for_each(|_| hint::spin_loop());
+    }
     with(drain);
 }
 

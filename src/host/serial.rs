@@ -28,7 +28,7 @@ const CONFIG: Config = Config {
 };
 /// Iterations to wait for the transmitter: at 115200 baud a character needs
 /// under 100 us, which no machine spends on fewer port reads than this.
-const PATIENCE: u32 = 200_000;
+pub(super) const PATIENCE: u32 = 200_000;
 
 type Uart = Uart16550<PioBackend>;
 

@@ -2,7 +2,7 @@
 //! itself, and those that have none run one after the other on the bootstrap processor.
 
 use super::statistics::Exits;
-use super::{log, processors};
+use super::{log, processors, registry};
 use crate::arch::cpu;
 use crate::devices::Clock;
 use crate::devices::chipset::ChipsetConfig;
@@ -39,6 +39,8 @@ enum StartError {
     NotEnoughMemory { needed: u64, largest_free: u64 },
     NoSuchFile,
     NoSuchCpu(u32),
+    CpuWithoutVtx(usize),
+    BusyCpu(usize),
     Tables(OutOfSlot),
     Boot(BootError),
     Ept(EptError),
@@ -64,6 +66,8 @@ impl fmt::Display for StartError {
                 )?;
                 cpus::all().try_for_each(|cpu| write!(f, " {}", cpu.number))
             }
+            Self::CpuWithoutVtx(number) => write!(f, "CPU {number} has no VT-x"),
+            Self::BusyCpu(number) => write!(f, "CPU {number} is busy"),
             Self::NoSuchFile => f.write_str("an image that the configuration names was not loaded"),
             Self::Tables(error) => write!(f, "its tables do not fit into its memory: {error:?}"),
             Self::Boot(error) => error.fmt(f),
@@ -84,9 +88,10 @@ static VPIDS: Mutex<VpidAllocator> = Mutex::new(VpidAllocator::new());
 pub fn run_all(boot: &'static BootInfo, vmx: Vmx) {
     let mut guests = Vec::new();
     for config in &boot.config.vm {
-        match Loaded::new(boot, config) {
+        let registered = registry::add(config);
+        match Loaded::new(boot, config, Arc::clone(&registered)) {
             Ok(guest) => guests.push(guest),
-            Err(reason) => error!("vm {}: {reason}", config.name),
+            Err(reason) => cannot_start(&registered, &reason),
         }
     }
     // SAFETY: here and only here; what was loaded was copied.
@@ -110,14 +115,20 @@ pub fn run_all(boot: &'static BootInfo, vmx: Vmx) {
     }
 }
 
+/// Says why a guest does not start.
+fn cannot_start(guest: &registry::Guest, reason: &StartError) {
+    error!("vm {}: {reason}", guest.name());
+    guest.ended(reason);
+}
+
 /// Has `guest` run on `cpu`, which it has for itself.
 fn start_on(cpu: &'static Cpu, guest: Loaded) {
     RUNNING.fetch_add(1, Ordering::Relaxed);
-    let name = &guest.config.name;
+    let registered = Arc::clone(&guest.registered);
     let work: Work = Box::new(move |cpu| {
         match processors::vmx(cpu) {
             Some(vmx) => guest.run(vmx),
-            None => error!("vm {}: CPU {} has no VT-x", guest.config.name, cpu.number),
+            None => cannot_start(&guest.registered, &StartError::CpuWithoutVtx(cpu.number)),
         }
         RUNNING.fetch_sub(1, Ordering::Relaxed);
         if let Some(bootstrap) = cpus::get(cpus::BOOTSTRAP) {
@@ -126,7 +137,7 @@ fn start_on(cpu: &'static Cpu, guest: Loaded) {
     });
     if cpu.give(work).is_err() {
         RUNNING.fetch_sub(1, Ordering::Relaxed);
-        error!("vm {name}: CPU {} is busy", cpu.number);
+        cannot_start(&registered, &StartError::BusyCpu(cpu.number));
     }
 }
 
@@ -159,6 +170,7 @@ impl Drop for Block {
 /// A guest that is ready to start. Fields are dropped in their order.
 struct Loaded {
     config: &'static config::Vm,
+    registered: Arc<registry::Guest>,
     /// Whose it is alone, but for the bootstrap processor.
     cpu: Option<&'static Cpu>,
     memory: GuestMemory,
@@ -169,7 +181,11 @@ struct Loaded {
 
 impl Loaded {
     /// Takes the guest's memory and fills it.
-    fn new(boot_info: &BootInfo, config: &'static config::Vm) -> Result<Self, StartError> {
+    fn new(
+        boot_info: &BootInfo,
+        config: &'static config::Vm,
+        registered: Arc<registry::Guest>,
+    ) -> Result<Self, StartError> {
         let cpu = match config.cpus.first() {
             None => None,
             Some(&number) => {
@@ -204,6 +220,7 @@ impl Loaded {
             .map_err(StartError::Boot)?;
         Ok(Self {
             config,
+            registered,
             cpu,
             memory,
             map,
@@ -215,17 +232,22 @@ impl Loaded {
     /// Runs the guest to its end on this CPU, and says how it ended or why it did not start.
     fn run(self, vmx: Vmx) {
         let config = self.config;
+        let registered = Arc::clone(&self.registered);
         let result = self.run_to_end(vmx);
         LOADED.fetch_sub(config.memory, Ordering::Relaxed);
         match result {
-            Ok(end) => info!(target: log::ALWAYS, "vm {}: {end}", config.name),
-            Err(reason) => error!("vm {}: {reason}", config.name),
+            Ok(end) => {
+                info!(target: log::ALWAYS, "vm {}: {end}", config.name);
+                registered.ended(&end);
+            }
+            Err(reason) => cannot_start(&registered, &reason),
         }
     }
 
     fn run_to_end(self, vmx: Vmx) -> Result<End, StartError> {
         let Self {
             config,
+            registered,
             cpu,
             memory,
             map,
@@ -242,6 +264,7 @@ impl Loaded {
         let vm = Vm::new(
             config,
             memory,
+            registered.console(),
             &chipset,
             Clock::new(time::tsc_hz()),
             Host {
@@ -271,6 +294,7 @@ impl Loaded {
                     "vm {}: started, {memory} MiB, APIC {tier}, CPU {number}",
                     config.name
                 );
+                registered.started(tier, stack.statistics());
                 log::quiet(true);
                 #[cfg(feature = "count-vmcs")]
                 crate::vmx::count::reset();

@@ -6,6 +6,8 @@
 use crate::arch::cpu::without_interrupts;
 use crate::host::console::{self, Ring};
 use crate::host::framebuffer;
+use alloc::string::String;
+use alloc::vec::Vec;
 use arrayvec::ArrayString;
 use core::fmt::Write;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -16,6 +18,8 @@ use spin::Mutex;
 pub const RING: usize = 32 * 1024;
 /// Bytes of one line; longer ones are cut.
 const LINE: usize = 512;
+/// What each begins with.
+const WHOSE: &str = "vireo: ";
 
 static MEMORY: Mutex<Ring<RING>> = Mutex::new(Ring::new());
 /// Who wants it quiet; no other memory is read because of it.
@@ -49,14 +53,9 @@ impl Log for Backend {
 
 /// A whole line or, when the console has no room for it, nothing.
 fn show(line: &str) {
-    let text = line.trim_end_matches('\n');
-    if console::write_space() < text.len() + 2 {
+    if !super::console::log(line.trim_end_matches('\n')) {
         LOST.fetch_add(1, Ordering::Relaxed);
-        return;
     }
-    without_interrupts(|| {
-        console::write(text.bytes().chain(*b"\r\n"));
-    });
 }
 
 fn format_line(record: &Record<'_>) -> ArrayString<LINE> {
@@ -68,7 +67,7 @@ fn format_line(record: &Record<'_>) -> ArrayString<LINE> {
     };
     let mut line = Line(ArrayString::new());
     // A line that is too long is cut, not refused.
-    let _ = write!(line, "vireo: {kind}{}", record.args());
+    let _ = write!(line, "{WHOSE}{kind}{}", record.args());
     line.0.push('\n');
     line.0
 }
@@ -110,18 +109,18 @@ pub fn lost() -> u64 {
     LOST.load(Ordering::Relaxed)
 }
 
-/// Copies the newest bytes of the memory ring into `buffer`; how many.
-pub fn tail(buffer: &mut [u8]) -> usize {
-    without_interrupts(|| {
-        let memory = MEMORY.lock();
-        let len = memory.len().min(buffer.len());
-        memory
-            .iter()
-            .skip(memory.len() - len)
-            .zip(buffer)
-            .for_each(|(byte, slot)| *slot = byte);
-        len
-    })
+/// The lines that the memory ring has, without what says whose they are.
+pub fn lines() -> String {
+    let bytes: Vec<u8> = without_interrupts(|| MEMORY.lock().iter().collect());
+    whole_lines(&bytes)
+}
+
+/// Those lines of `bytes` that have their beginning: the first may have lost it.
+fn whole_lines(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    text.split_inclusive('\n')
+        .filter_map(|line| line.strip_prefix(WHOSE))
+        .collect()
 }
 
 #[cfg(test)]
@@ -143,6 +142,12 @@ mod tests {
         assert_eq!(line(Level::Info, "hello"), "vireo: hello\n");
         assert_eq!(line(Level::Error, "no VT-x"), "vireo: error: no VT-x\n");
         assert_eq!(line(Level::Warn, "slow"), "vireo: warning: slow\n");
+    }
+
+    #[test]
+    fn a_line_that_has_lost_its_beginning_is_left_out() {
+        let bytes = b"reo: lost\nvireo: error: one\nvireo: two vireo: \n";
+        assert_eq!(whole_lines(bytes), "error: one\ntwo vireo: \n");
     }
 
     #[test]

@@ -76,6 +76,11 @@ impl Exits {
         }
     }
 
+    /// How many exits.
+    pub fn count(&self) -> u64 {
+        self.all.count
+    }
+
     /// Whether [`Exits::table`] says more than counts.
     pub fn timed(&self) -> bool {
         self.timed
@@ -94,6 +99,13 @@ impl Exits {
     /// All reasons, one a line.
     pub fn table(&self) -> Table<'_> {
         Table(self)
+    }
+
+    /// The members of a JSON object with the same: `exits` and `reasons`, each of these with
+    /// `reason`, `count`, `share` and, where times were recorded, `timed`, `mean`, `maximum`
+    /// (in ticks) and `histogram`, the counts from bucket 0 on.
+    pub fn json(&self) -> Json<'_> {
+        Json(self)
     }
 }
 
@@ -132,6 +144,57 @@ fn write_means(f: &mut fmt::Formatter<'_>, reason: usize) -> fmt::Result {
         f,
         " ({read}.{read_tenths} VMREADs, {write}.{write_tenths} VMWRITEs)"
     )
+}
+
+/// See [`Exits::json`].
+pub struct Json<'a>(&'a Exits);
+
+impl fmt::Display for Json<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Exits {
+            reasons,
+            all,
+            timed,
+        } = self.0;
+        write!(f, "\"exits\":{},\"reasons\":[", all.count)?;
+        let mut separator = "";
+        for Reason { number, row } in reasons {
+            let (name, count) = (exit_reason::name(*number), row.count);
+            let share = portion(count, all.count, 1000);
+            write!(
+                f,
+                "{separator}{{\"reason\":\"{name}\",\"count\":{count},\"share\":{}.{:03}",
+                share / 1000,
+                share % 1000
+            )?;
+            if *timed {
+                row.write_times(f)?;
+            }
+            write!(f, "}}")?;
+            separator = ",";
+        }
+        write!(f, "]")
+    }
+}
+
+impl Row {
+    /// For [`Json`].
+    fn write_times(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Times {
+            maximum, histogram, ..
+        } = self.times;
+        let (timed, mean) = (self.times.count(), self.times.mean().unwrap_or(0));
+        write!(f, ",\"timed\":{timed},\"mean\":{mean},")?;
+        write!(f, "\"maximum\":{maximum},\"histogram\":[")?;
+        let used = histogram.iter().rposition(|count| *count > 0);
+        let used = &histogram[..used.map_or(0, |last| last + 1)];
+        let mut separator = "";
+        for count in used {
+            write!(f, "{separator}{count}")?;
+            separator = ",";
+        }
+        write!(f, "]")
+    }
 }
 
 /// See [`Exits::table`].

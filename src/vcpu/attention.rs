@@ -17,7 +17,7 @@ bitflags! {
         const EVENTS = 1 << 0;
         /// A deadline that has come or moved, or messages of the I/O APIC.
         const DEVICES = 1 << 1;
-        /// Bytes between the guest's COM1 and the host's console.
+        /// Bytes between the guest's COM1 and its console.
         const CONSOLE = 1 << 2;
         /// The run loop has to do something: [`super::Leave`].
         const LEAVE = 1 << 3;

@@ -16,7 +16,6 @@
 use super::{Attention, SetupError, Vcpu};
 use crate::arch::cpu;
 use crate::devices::Ticks;
-use crate::host::console;
 
 /// How often a guest exits at the least, for the host interrupts that it may have missed.
 const SLICES_A_SECOND: u64 = 20;
@@ -53,7 +52,7 @@ impl Vcpu {
     /// Takes the host interrupts that the guest did not exit for.
     pub(super) fn take_missed_interrupts(&mut self) {
         self.admit_interrupts(cpu::interrupt_window);
-        if console::has_moved() {
+        if self.vm.console.has_moved() {
             self.attend_to(Attention::CONSOLE);
         }
     }

@@ -6,7 +6,7 @@ use super::run::End;
 use super::{Attention, Leave, Vcpu, light};
 use crate::addr::Gva;
 use crate::arch::registers::{GeneralRegisters, LightRegisters};
-use crate::host::{console, interrupts};
+use crate::host::interrupts;
 use crate::vmx::entry::{Guest, LightTable, Next};
 use crate::vmx::exit::{Exit, InterruptionInfo};
 use crate::vmx::vmcs::{guest, information};
@@ -122,7 +122,7 @@ impl Vcpu {
     pub(super) fn external_interrupt(&mut self, vector: u8) {
         interrupts::dispatch(vector);
         self.attend_to(Attention::DEVICES);
-        if console::has_moved() {
+        if self.vm.console.has_moved() {
             self.attend_to(Attention::CONSOLE);
         }
     }

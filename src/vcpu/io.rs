@@ -9,6 +9,7 @@ use crate::devices::{Width, chipset::Request, pc};
 use crate::host::console;
 use crate::vmx::exit::IoAccess;
 use crate::vmx::vmcs::{guest, information};
+use alloc::sync::Arc;
 
 const RFLAGS_DF: u64 = 1 << 10;
 
@@ -96,7 +97,7 @@ impl Vcpu {
     pub(super) fn port_in(&mut self, port: u16, width: Width) -> u32 {
         let now = self.now();
         let value = self.with_chipset(|chipset| chipset.port_read(now, port, width));
-        if port == pc::COM1 && self.console_input.is_some() {
+        if port == pc::COM1 && self.vm.console.has_input() {
             // The receiver has room again.
             self.attend_to(Attention::CONSOLE);
         }
@@ -106,16 +107,20 @@ impl Vcpu {
     #[inline(always)]
     pub(super) fn port_out(&mut self, port: u16, width: Width, value: u32) {
         let now = self.now();
-        let request = self.with_chipset(|chipset| chipset.port_write(now, port, width, value));
+        let (request, is_full) = self.with_chipset(|chipset| {
+            let request = chipset.port_write(now, port, width, value);
+            (request, port == pc::COM1 && chipset.serial_output_waits())
+        });
         match request {
             None => {}
             Some(Request::PowerOff) => self.end(End::PowerOff),
             Some(Request::Reset) => self.end(End::Reset),
         }
-        // While the host's UART has something to send, its next interrupt fetches the rest.
-        let sent = port == pc::COM1 && !console::is_draining();
-        let has_room = (pc::COM1..pc::COM1 + 8).contains(&port) && self.console_input.is_some();
-        if sent || has_room {
+        if !(pc::COM1..pc::COM1 + 8).contains(&port) {
+            return;
+        }
+        let sent = port == pc::COM1 && (is_full || !self.vm.console.is_busy());
+        if sent || self.vm.console.has_input() {
             self.attend_to(Attention::CONSOLE);
         }
     }
@@ -123,30 +128,25 @@ impl Vcpu {
     /// Shows what a guest that has ended has sent. Waits for the serial port.
     pub(super) fn flush_console(&mut self) {
         loop {
-            console::flush();
-            let space = console::write_space();
             self.pump_console();
-            if console::write_space() == space {
+            if self.vm.console.unsent() == 0 {
                 return;
             }
+            console::flush();
+            console::attend();
         }
     }
 
-    /// Moves bytes between the guest's COM1 and the host's console, as many as
-    /// both sides take.
+    /// Moves bytes between the guest's COM1 and its console, as many as both sides take.
     pub(super) fn pump_console(&mut self) {
         let now = self.now();
-        let mut input = self.console_input.take();
-        self.with_chipset(|chipset| {
-            chipset.serial_output(|output| console::write(output));
-            // A byte that the receiver has no room for is offered again later.
-            while let Some(byte) = input.take().or_else(console::read) {
-                if !chipset.serial_input(now, byte) {
-                    input = Some(byte);
-                    break;
-                }
-            }
+        let port = Arc::clone(&self.vm.console);
+        let unknown = self.with_chipset(|chipset| {
+            port.receive(|byte| chipset.serial_input(now, byte));
+            chipset.serial_output(|output| port.send(output))
         });
-        self.console_input = input;
+        if unknown {
+            console::attend();
+        }
     }
 }

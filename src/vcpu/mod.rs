@@ -85,8 +85,6 @@ pub struct Vcpu {
     cr4_allowed: u64,
     /// Instructions that have touched devices.
     moves: Box<KnownMoves>,
-    /// A byte of console input that the guest's receiver had no room for.
-    console_input: Option<u8>,
     attention: Attention,
     timer: timer::EntryTimer,
     halt_lead: Lead,

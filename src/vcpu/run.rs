@@ -9,7 +9,7 @@ use crate::addr::{Gpa, Gva};
 use crate::arch::cpu;
 use crate::devices::Ticks;
 use crate::devices::chipset::Chipset;
-use crate::host::{console, time};
+use crate::host::time;
 use crate::vm::boot::EntryState;
 use crate::vmx::check::{self, FieldReader};
 use crate::vmx::entry::{Entry, Left, Next};
@@ -129,10 +129,12 @@ enum Woken {
 impl Vcpu {
     /// Runs the guest to its end, and shows what its console still holds.
     pub fn run(&mut self, entry: &mut Entry<Self>, start: &EntryState) -> End {
+        self.vm.console.attach();
         self.hold_interrupts(true);
         let end = self.run_to_end(entry, start);
         self.hold_interrupts(false);
         self.flush_console();
+        self.vm.console.detach();
         end
     }
 
@@ -243,7 +245,7 @@ impl Vcpu {
                 time::arm(asked.0.saturating_sub(now.0));
             }
             self.admit_interrupts(cpu::wait_for_interrupt);
-            if console::has_moved() {
+            if self.vm.console.has_moved() {
                 self.pump_console();
             }
         }

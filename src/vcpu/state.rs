@@ -184,7 +184,6 @@ impl Vcpu {
             system_time: 0,
             wall_clock: 0,
             system_time_version: 0,
-            console_input: None,
             attention: Attention::empty(),
             timer: EntryTimer::new(vm.clock),
             halt_lead: Lead::new(vm.clock),

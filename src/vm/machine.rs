@@ -1,5 +1,6 @@
 //! A guest as a whole: what all its vCPUs share.
 
+use super::console::ConsolePort;
 use super::memory::GuestMemory;
 use super::slots::{SlotKind, Slots};
 use crate::addr::{Gpa, Hpa, Hva, PAGE_SIZE};
@@ -12,6 +13,7 @@ use crate::vmx::ept_frames::HostFrames;
 use crate::vmx::memory_type::{MemoryType, Mtrrs};
 use alloc::boxed::Box;
 use alloc::string::String;
+use alloc::sync::Arc;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use spin::Mutex;
 use vireo_handoff::config::{self, ApicMode};
@@ -25,6 +27,7 @@ pub struct Vm {
     pub memory: GuestMemory,
     pub chipset: Mutex<Chipset>,
     pub signals: Signals,
+    pub console: Arc<ConsolePort>,
     /// Ticks a second of the guest's time-stamp counter.
     pub clock: Clock,
     /// Nanoseconds since 1970 when the VM was switched on.
@@ -106,6 +109,7 @@ impl Vm {
     pub fn new(
         config: &config::Vm,
         guest_memory: GuestMemory,
+        console: Arc<ConsolePort>,
         chipset: &ChipsetConfig,
         clock: Clock,
         host: Host<'_>,
@@ -118,6 +122,7 @@ impl Vm {
             memory: guest_memory,
             chipset: Mutex::new(Chipset::new(clock, Ticks(0), chipset)),
             signals: Signals::default(),
+            console,
             clock,
             wall_clock: chipset
                 .wall_clock

@@ -2,6 +2,7 @@
 
 pub mod acpi;
 pub mod boot;
+pub mod console;
 pub mod machine;
 pub mod memory;
 pub mod memory_map;

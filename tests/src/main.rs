@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+mod console;
 mod deaths;
 mod fetching;
 mod figures;
@@ -24,6 +25,7 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let mut suite = Suite::default();
+    console::add(&mut suite);
     deaths::add(&mut suite);
     fetching::add(&mut suite);
     figures::add(&mut suite);

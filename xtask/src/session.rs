@@ -188,6 +188,9 @@ impl<'s, 'w> Loop<'s, 'w> {
         if matches!(self.session.streams, Streams::Terminal) {
             self.session.progress.clear();
             eprintln!("{}", terminal::HINT);
+            if self.session.vireo {
+                eprintln!("{}", terminal::PROMPT_HINT);
+            }
             self.raw = Some(Raw::enter()?);
         }
         Ok(())

@@ -10,6 +10,9 @@ const ESCAPE: u8 = 0x1d;
 /// The line that tells the user how to leave.
 pub const HINT: &str = "connected to the guest's console; to leave: Ctrl-] then q";
 
+/// The same for the hypervisor's prompt.
+pub const PROMPT_HINT: &str = "Vireo's own prompt: Ctrl-T then p; back to a guest: Ctrl-T then 1";
+
 /// Raw mode, until dropped.
 pub struct Raw {
     before: Termios,

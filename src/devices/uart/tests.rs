@@ -123,6 +123,7 @@ fn a_holder_that_does_not_fetch_stops_the_guest() {
         sent += 1;
     }
     assert_eq!(sent, OUTPUT_DEPTH + 1);
+    assert!(uart.output_waits());
     for more in 0..FIFO_DEPTH - 1 {
         uart.write(NOW, 0, (sent + more) as u8);
     }

@@ -46,6 +46,17 @@ fn a_table_of_counts() {
 }
 
 #[test]
+fn json_has_the_same() {
+    let exits = recorded(&[(number::CPUID, 75), (number::IO, 5), (number::CPUID, 64)]);
+    let expected = concat!(
+        r#""exits":3,"reasons":[{"reason":"CPUID","count":2,"share":0.667,"timed":2,"mean":69,"#,
+        r#""maximum":75,"histogram":[0,0,0,0,0,0,2]},{"reason":"I/O","count":1,"share":0.333,"#,
+        r#""timed":1,"mean":5,"maximum":5,"histogram":[0,0,1]}]"#
+    );
+    assert_eq!(exits.json().to_string(), expected);
+}
+
+#[test]
 fn a_table_of_times() {
     let mut exits = Vec::new();
     exits.resize(1000, (number::CPUID, 75));

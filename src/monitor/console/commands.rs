@@ -1,0 +1,454 @@
+//! The commands of the operator's prompt: text in, text out.
+
+use super::Text;
+use super::multiplexer::Commands;
+use crate::monitor::statistics::Exits;
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::fmt::{self, Write};
+
+/// What the commands ask about.
+pub trait Machine {
+    /// All guests of the configuration, in its order.
+    fn guests(&self) -> Vec<Guest>;
+    /// All CPUs, the boot processor first.
+    fn cpus(&self) -> Vec<Cpu>;
+    fn memory(&self) -> Memory;
+    /// Ticks a second of the time-stamp counter.
+    fn ticks_per_second(&self) -> u64;
+    /// The log's lines, as far as they are still there.
+    fn log(&self) -> String;
+}
+
+/// A guest.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    pub name: String,
+    /// "running", or how it has ended.
+    pub state: String,
+    /// Bytes.
+    pub memory: u64,
+    pub vcpus: u32,
+    /// How much of its local APIC the CPU is, once that is known.
+    pub apic: Option<String>,
+    /// The local APIC identifier of the CPU that runs it.
+    pub cpu: Option<u32>,
+    /// `None` before it has started.
+    pub exits: Option<Exits>,
+}
+
+/// A CPU of the machine.
+#[derive(Clone, Copy, Debug)]
+pub struct Cpu {
+    pub apic_id: u32,
+    /// It has started, and is ours.
+    pub answers: bool,
+}
+
+/// The machine's memory, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    pub total: u64,
+    pub free: u64,
+    pub hypervisor: u64,
+    pub guests: u64,
+    /// Of the hypervisor's heap: in use, and all.
+    pub heap: (u64, u64),
+}
+
+type Answer = fn(&dyn Machine, &[&str], &mut Text) -> Result<(), Complaint>;
+
+/// A command: what it is called, what stands behind it, what it does.
+struct Command {
+    name: &'static str,
+    arguments: &'static str,
+    help: &'static str,
+    run: Answer,
+}
+
+const COMMANDS: [Command; 6] = [
+    Command {
+        name: "vms",
+        arguments: "",
+        help: "the guests, with the numbers of their consoles",
+        run: |machine, _, out| Ok(guests(machine, out)?),
+    },
+    Command {
+        name: "cpus",
+        arguments: "",
+        help: "the CPUs, and what they do",
+        run: |machine, _, out| Ok(cpus(machine, out)?),
+    },
+    Command {
+        name: "stat",
+        arguments: "[NAME] [--json]",
+        help: "VM exits by reason, of one guest or of all",
+        run: statistics,
+    },
+    Command {
+        name: "mem",
+        arguments: "",
+        help: "the memory in use",
+        run: |machine, _, out| Ok(memory(machine, out)?),
+    },
+    Command {
+        name: "log",
+        arguments: "",
+        help: "what the hypervisor has said",
+        run: |machine, _, out| Ok(out.write_str(&machine.log())?),
+    },
+    Command {
+        name: "help",
+        arguments: "",
+        help: "this list",
+        run: |_, _, out| Ok(help(out)?),
+    },
+];
+
+/// What is wrong with a command, in one sentence.
+enum Complaint {
+    NoCommand(String),
+    NoGuest(String),
+    Arguments(&'static Command),
+    /// The text has no room.
+    Cut,
+}
+
+impl From<fmt::Error> for Complaint {
+    fn from(_: fmt::Error) -> Self {
+        Self::Cut
+    }
+}
+
+impl fmt::Display for Complaint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoCommand(name) => write!(f, "there is no command {name}; help lists them"),
+            Self::NoGuest(name) => write!(f, "there is no guest {name}; vms lists them"),
+            Self::Arguments(Command {
+                name,
+                arguments: "",
+                ..
+            }) => write!(f, "{name} stands alone"),
+            Self::Arguments(Command {
+                name, arguments, ..
+            }) => write!(f, "{name} is written {name} {arguments}"),
+            Self::Cut => f.write_str("there is no room for all of the answer"),
+        }
+    }
+}
+
+/// The commands of a machine.
+pub struct Prompt<'a>(pub &'a dyn Machine);
+
+impl Commands for Prompt<'_> {
+    fn answer(&self, line: &str, out: &mut Text) {
+        if let Err(complaint) = answer(self.0, line, out) {
+            // A queue takes everything, or cuts it.
+            let _ = writeln!(out, "{complaint}");
+        }
+    }
+}
+
+fn answer(machine: &dyn Machine, line: &str, out: &mut Text) -> Result<(), Complaint> {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let Some((name, arguments)) = words.split_first() else {
+        return Ok(());
+    };
+    let command = COMMANDS
+        .iter()
+        .find(|command| command.name == *name)
+        .ok_or_else(|| Complaint::NoCommand((*name).into()))?;
+    if command.arguments.is_empty() && !arguments.is_empty() {
+        return Err(Complaint::Arguments(command));
+    }
+    (command.run)(machine, arguments, out)
+}
+
+fn help(out: &mut Text) -> fmt::Result {
+    for Command {
+        name,
+        arguments,
+        help,
+        ..
+    } in &COMMANDS
+    {
+        writeln!(out, "{name:4} {arguments:15}  {help}")?;
+    }
+    writeln!(out, "Ctrl-T 1 to 9         the console of that guest")?;
+    writeln!(out, "Ctrl-T n              that of the next one that runs")?;
+    writeln!(out, "Ctrl-T p, Ctrl-T 0    this prompt")
+}
+
+fn guests(machine: &dyn Machine, out: &mut Text) -> fmt::Result {
+    let guests = machine.guests();
+    let widest = |heading: &str, width: &dyn Fn(&Guest) -> usize| {
+        guests.iter().map(width).fold(heading.len(), usize::max)
+    };
+    let name = widest("name", &|guest| guest.name.len());
+    let apic = widest("APIC", &|guest| guest.apic.as_ref().map_or(0, String::len));
+    writeln!(
+        out,
+        "no  {:name$}  memory    vCPUs  {:apic$}       exits  state",
+        "name", "APIC"
+    )?;
+    for (guest, number) in guests.iter().zip(1..) {
+        writeln!(
+            out,
+            "{number:2}  {:name$}  {:4} MiB  {:5}  {:apic$}  {:10}  {}",
+            guest.name,
+            guest.memory >> 20,
+            guest.vcpus,
+            guest.apic.as_deref().unwrap_or("-"),
+            guest.exits.as_ref().map_or(0, Exits::count),
+            guest.state
+        )?;
+    }
+    Ok(())
+}
+
+fn cpus(machine: &dyn Machine, out: &mut Text) -> fmt::Result {
+    let guests = machine.guests();
+    writeln!(out, "CPU  APIC id  state")?;
+    for (number, cpu) in machine.cpus().iter().enumerate() {
+        write!(out, "{number:3}  {:7}  ", cpu.apic_id)?;
+        let mut running = guests
+            .iter()
+            .filter(|guest| guest.cpu == Some(cpu.apic_id))
+            .peekable();
+        if running.peek().is_none() {
+            out.write_str(if cpu.answers {
+                "runs no guest"
+            } else {
+                "left out; log says why"
+            })?;
+        }
+        let mut separator = "runs ";
+        for guest in running {
+            write!(out, "{separator}{}", guest.name)?;
+            separator = ", ";
+        }
+        writeln!(out)?;
+    }
+    Ok(())
+}
+
+fn memory(machine: &dyn Machine, out: &mut Text) -> fmt::Result {
+    let memory = machine.memory();
+    for (what, bytes) in [
+        ("machine", memory.total),
+        ("free", memory.free),
+        ("hypervisor", memory.hypervisor),
+        ("guests", memory.guests),
+    ] {
+        writeln!(out, "{what:10}  {:10} KiB", bytes / 1024)?;
+    }
+    let (used, all) = memory.heap;
+    writeln!(
+        out,
+        "heap        {:10} KiB of {} KiB",
+        used / 1024,
+        all / 1024
+    )
+}
+
+fn statistics(machine: &dyn Machine, arguments: &[&str], out: &mut Text) -> Result<(), Complaint> {
+    let (options, names): (Vec<&str>, Vec<&str>) =
+        arguments.iter().partition(|word| word.starts_with('-'));
+    let json = match options[..] {
+        [] => false,
+        ["--json"] => true,
+        _ => return Err(wrong_arguments("stat")),
+    };
+    let mut guests = machine.guests();
+    match names[..] {
+        [] => {}
+        [name] => {
+            guests.retain(|guest| guest.name == name);
+            if guests.is_empty() {
+                return Err(Complaint::NoGuest(name.into()));
+            }
+        }
+        _ => return Err(wrong_arguments("stat")),
+    }
+    let hz = machine.ticks_per_second();
+    if json {
+        return Ok(statistics_json(&guests, hz, out)?);
+    }
+    for Guest { name, exits, .. } in &guests {
+        match exits {
+            None => writeln!(out, "{name} has not started")?,
+            Some(exits) if exits.timed() => {
+                let ticks = exits.ticks();
+                writeln!(out, "{name}: {ticks} ticks in root mode, of {hz} a second")?;
+                write!(out, "{}", exits.table())?;
+            }
+            Some(exits) => write!(out, "{name}:\n{}", exits.table())?,
+        }
+    }
+    Ok(())
+}
+
+/// One line: an object with the `vms` that have started.
+fn statistics_json(guests: &[Guest], hz: u64, out: &mut Text) -> fmt::Result {
+    write!(out, "{{\"ticks_per_second\":{hz},\"vms\":[")?;
+    let mut separator = "";
+    for guest in guests {
+        if let Some(exits) = &guest.exits {
+            // Names are letters, digits, - and _.
+            let name = &guest.name;
+            write!(out, "{separator}{{\"name\":\"{name}\",{}}}", exits.json())?;
+            separator = ",";
+        }
+    }
+    writeln!(out, "]}}")
+}
+
+fn wrong_arguments(name: &str) -> Complaint {
+    COMMANDS
+        .iter()
+        .find(|command| command.name == name)
+        .map_or(Complaint::Cut, Complaint::Arguments)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Fake;
+
+    impl Machine for Fake {
+        fn guests(&self) -> Vec<Guest> {
+            let mut counts = [0; 64];
+            (counts[10], counts[30]) = (1000, 500);
+            let running = Guest {
+                name: "linux".into(),
+                state: "running".into(),
+                memory: 256 << 20,
+                vcpus: 1,
+                apic: Some("APICv".into()),
+                cpu: Some(4),
+                exits: Some(Exits::new(&counts, None)),
+            };
+            let loaded = Guest {
+                name: "b".into(),
+                state: "loaded".into(),
+                apic: None,
+                cpu: None,
+                exits: None,
+                ..running.clone()
+            };
+            vec![running, loaded]
+        }
+
+        fn cpus(&self) -> Vec<Cpu> {
+            [(4, true), (5, true), (6, false)]
+                .map(|(apic_id, answers)| Cpu { apic_id, answers })
+                .to_vec()
+        }
+
+        fn memory(&self) -> Memory {
+            Memory {
+                total: 1 << 30,
+                free: 700 << 20,
+                hypervisor: 5 << 20,
+                guests: 256 << 20,
+                heap: (100 << 10, 4 << 20),
+            }
+        }
+
+        fn ticks_per_second(&self) -> u64 {
+            1000
+        }
+
+        fn log(&self) -> String {
+            "one\ntwo\n".into()
+        }
+    }
+
+    fn asked(line: &str) -> String {
+        let mut text = Text::new();
+        Prompt(&Fake).answer(line, &mut text);
+        let bytes: Vec<u8> = core::iter::from_fn(|| text.pop()).collect();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    fn lines(line: &str) -> Vec<String> {
+        let text = asked(line);
+        assert!(text.is_empty() || text.ends_with("\r\n"), "{text:?}");
+        text.lines().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn guests_are_listed() {
+        assert_eq!(
+            lines(" vms "),
+            [
+                "no  name   memory    vCPUs  APIC        exits  state",
+                " 1  linux   256 MiB      1  APICv        1500  running",
+                " 2  b       256 MiB      1  -               0  loaded",
+            ]
+        );
+    }
+
+    #[test]
+    fn cpus_and_memory_are_told() {
+        assert_eq!(
+            lines("cpus"),
+            [
+                "CPU  APIC id  state",
+                "  0        4  runs linux",
+                "  1        5  runs no guest",
+                "  2        6  left out; log says why",
+            ]
+        );
+        assert_eq!(lines("mem").len(), 5);
+        assert_eq!(lines("mem")[3], "guests          262144 KiB");
+        assert_eq!(lines("log"), ["one", "two"]);
+    }
+
+    #[test]
+    fn exits_are_tables_or_one_line_for_programs() {
+        let all = lines("stat");
+        assert_eq!(all[0], "linux:");
+        assert!(all[2].starts_with("all      1500  100.0%"), "{all:?}");
+        assert!(all[3].starts_with("CPUID    1000   66.7%"), "{all:?}");
+        assert_eq!(all[5..], ["b has not started"]);
+        assert_eq!(lines("stat b"), ["b has not started"]);
+        assert_eq!(
+            lines("stat linux --json"),
+            [concat!(
+                r#"{"ticks_per_second":1000,"vms":[{"name":"linux","exits":1500,"reasons":["#,
+                r#"{"reason":"CPUID","count":1000,"share":0.667},"#,
+                r#"{"reason":"I/O","count":500,"share":0.333}]}]}"#
+            )]
+        );
+        assert_eq!(
+            lines("stat --json b"),
+            [r#"{"ticks_per_second":1000,"vms":[]}"#]
+        );
+    }
+
+    #[test]
+    fn what_is_wrong_is_one_sentence() {
+        assert_eq!(
+            lines("reboot now"),
+            ["there is no command reboot; help lists them"]
+        );
+        assert_eq!(lines("stat c"), ["there is no guest c; vms lists them"]);
+        assert_eq!(lines("mem x"), ["mem stands alone"]);
+        for wrong in ["stat a b", "stat --xml", "stat --json --json"] {
+            assert_eq!(lines(wrong), ["stat is written stat [NAME] [--json]"]);
+        }
+        assert_eq!(asked("  "), "");
+    }
+
+    #[test]
+    fn help_names_every_command() {
+        let help = lines("help");
+        for command in &COMMANDS {
+            assert!(help.iter().any(|line| line.starts_with(command.name)));
+        }
+        assert!(help.iter().all(|line| line.len() < 80));
+    }
+}

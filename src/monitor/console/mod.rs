@@ -1,0 +1,145 @@
+//! The operator's console: one serial line for the log, the prompt and every guest's COM1.
+//!
+//! [`multiplexer`] says whose line it is, [`editor`] and [`commands`] are the prompt: logic
+//! that knows no hardware. Here it is tied to the machine.
+//!
+//! The line is served in the UART's interrupt, and where a guest's CPU has something for an
+//! idle line ([`console::attend`]). So commands are answered there too, between two looks
+//! at the guest that runs on the UART's CPU: a command may read what it likes, but
+//! must not wait. Nobody may log while the multiplexer is locked.
+
+pub mod commands;
+pub mod editor;
+pub mod multiplexer;
+mod text;
+
+use super::registry;
+use crate::arch::cpu::without_interrupts;
+use crate::host::memory::{self, heap};
+use crate::host::{console, cpus, time};
+use crate::vm::console::ConsolePort;
+use alloc::string::String;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use commands::{Cpu, Guest, Machine, Memory, Prompt};
+use multiplexer::{Line, Multiplexer};
+use spin::{Mutex, Once};
+use vireo_handoff::BootInfo;
+
+pub use text::Text;
+
+static MULTIPLEXER: Mutex<Multiplexer> = Mutex::new(Multiplexer::new());
+/// The firmware's list of CPUs, by their local APICs' identifiers.
+static CPUS: Once<Vec<u32>> = Once::new();
+
+/// Interrupts are off meanwhile, since the UART's takes the same lock.
+fn with<R>(f: impl FnOnce(&mut Multiplexer) -> R) -> R {
+    without_interrupts(|| f(&mut MULTIPLEXER.lock()))
+}
+
+/// From now on the serial line is the operator's. Once.
+pub fn start(boot: &BootInfo) {
+    CPUS.call_once(|| boot.cpus.iter().map(|cpu| cpu.apic_id).collect());
+    console::on_moved(serve);
+}
+
+fn serve() {
+    with(|multiplexer| multiplexer.serve(&mut HostLine, &Prompt(&ThisMachine)));
+}
+
+/// Shows a line of the log, without its end; false where there is no room for all of it.
+pub fn log(message: &str) -> bool {
+    with(|multiplexer| multiplexer.log(message, &mut HostLine))
+}
+
+/// A guest's console is to have a number: its index, one less than that.
+pub fn add(name: String, port: Arc<ConsolePort>) -> usize {
+    with(|multiplexer| multiplexer.add(name, port))
+}
+
+/// The guest with this index starts.
+pub fn started(index: usize) {
+    with(|multiplexer| multiplexer.started(index));
+}
+
+/// The guest with this index has ended.
+pub fn ended(index: usize) {
+    with(|multiplexer| multiplexer.ended(index));
+    console::attend();
+}
+
+/// Sends everything that is to be said. Waits for the line: before power-off only.
+pub fn flush() {
+    loop {
+        serve();
+        console::flush();
+        if with(|multiplexer| multiplexer.is_said()) {
+            return;
+        }
+    }
+}
+
+/// The serial port.
+struct HostLine;
+
+impl Line for HostLine {
+    fn read(&mut self) -> Option<u8> {
+        console::read()
+    }
+
+    fn queued(&self) -> usize {
+        console::queued()
+    }
+
+    fn space(&self) -> usize {
+        console::write_space()
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        console::write(bytes.iter().copied());
+    }
+
+    fn is_busy(&self) -> bool {
+        console::is_draining()
+    }
+}
+
+/// What the commands are told.
+struct ThisMachine;
+
+impl Machine for ThisMachine {
+    fn guests(&self) -> Vec<Guest> {
+        registry::all().iter().map(|guest| guest.look()).collect()
+    }
+
+    fn cpus(&self) -> Vec<Cpu> {
+        let listed = CPUS.get().into_iter().flatten().copied().enumerate();
+        listed
+            .map(|(number, apic_id)| Cpu {
+                apic_id,
+                answers: cpus::get(number).is_some(),
+            })
+            .collect()
+    }
+
+    fn memory(&self) -> Memory {
+        let (total, free) = memory::counts();
+        let (used, unused) = heap::usage();
+        let guests = registry::memory();
+        Memory {
+            total: total * crate::addr::PAGE_SIZE,
+            free: free * crate::addr::PAGE_SIZE,
+            hypervisor: memory::usage().saturating_sub(guests),
+            guests,
+            heap: (used as u64, (used + unused) as u64),
+        }
+    }
+
+    fn ticks_per_second(&self) -> u64 {
+        time::tsc_hz()
+    }
+
+    fn log(&self) -> String {
+        super::log::lines()
+    }
+}

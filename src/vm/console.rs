@@ -1,0 +1,390 @@
+//! A guest's console: what lies between its COM1 and the operator's line.
+//!
+//! Two bounded rings behind a short lock. The guest's vCPU moves bytes between COM1 and
+//! them, whoever holds the operator's line moves them between here and there; neither waits
+//! for the other. The ring of what the guest has sent is the scroll-back too:
+//!
+//! ```text
+//! oldest                                    newest
+//! | shown before, or never | to be sent yet |
+//! ```
+//!
+//! While the console is shown, the second part grows until the ring is full, and then the
+//! guest waits as for a slow line. While it is not, there is no second part: the guest
+//! waits for nobody, and the oldest bytes make room. To show it again means to send again
+//! all that is there.
+//!
+//! The locks are taken with interrupts off: the operator's line is served in an interrupt.
+
+use crate::host::console::Ring;
+use crate::host::{interrupts, local_apic};
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use local_apic::{Command, Target};
+use spin::Mutex;
+
+/// Bytes of the scroll-back, those that are to be sent included.
+pub const OUTPUT: usize = 8 * 1024;
+/// Bytes that wait for the guest to read them.
+pub const INPUT: usize = 2 * 1024;
+
+/// No CPU runs the guest.
+const NOWHERE: u32 = u32::MAX;
+
+/// The console of one guest.
+pub struct ConsolePort {
+    rings: Mutex<Rings>,
+    // Of these atomics no memory is read because of their values, but what is behind the
+    // lock: relaxed accesses are enough. The first two are written with the lock held.
+    /// What the guest sends can wait in COM1: nobody looks at this console, or the line has
+    /// something to send and will tell when it has taken what is here. A CPU may see this
+    /// set for a moment longer than it is: that is before it is told, and then it looks again.
+    busy: AtomicBool,
+    /// The input ring has something.
+    has_input: AtomicBool,
+    /// There is input, or room for output, that the guest's CPU has not seen; it was told.
+    moved: AtomicBool,
+    /// The local APIC identifier of the CPU to tell.
+    cpu: AtomicU32,
+}
+
+struct Rings {
+    output: Ring<OUTPUT>,
+    /// How many of the newest bytes are to be sent.
+    unsent: usize,
+    shown: bool,
+    input: Ring<INPUT>,
+}
+
+impl Default for ConsolePort {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The guest's side.
+impl ConsolePort {
+    /// Empty, and not shown.
+    pub const fn new() -> Self {
+        Self {
+            rings: Mutex::new(Rings {
+                output: Ring::new(),
+                unsent: 0,
+                shown: false,
+                input: Ring::new(),
+            }),
+            busy: AtomicBool::new(true),
+            has_input: AtomicBool::new(false),
+            moved: AtomicBool::new(false),
+            cpu: AtomicU32::new(NOWHERE),
+        }
+    }
+
+    /// The calling CPU moves this console's bytes from now on, and does so next.
+    pub fn attach(&self) {
+        self.cpu.store(local_apic::id(), Ordering::Relaxed);
+        // Behind that: what was told to nobody is no reason to tell this CPU nothing.
+        self.moved.store(false, Ordering::Relaxed);
+    }
+
+    /// No CPU does any more.
+    pub fn detach(&self) {
+        self.cpu.store(NOWHERE, Ordering::Relaxed);
+    }
+
+    /// Takes as many `bytes` as there is room for. True when the line has to be told of
+    /// them ([`crate::host::console::attend`]), else it comes by itself.
+    pub fn send(&self, mut bytes: impl Iterator<Item = u8>) -> bool {
+        let mut rings = self.rings.lock();
+        while !rings.is_full()
+            && let Some(byte) = bytes.next()
+        {
+            rings.push(byte);
+        }
+        rings.unsent > 0 && !self.is_busy()
+    }
+
+    /// Offers what was typed to `accept`, until that refuses a byte, which is offered again.
+    pub fn receive(&self, mut accept: impl FnMut(u8) -> bool) {
+        if !self.has_input() {
+            return;
+        }
+        let mut rings = self.rings.lock();
+        while let Some(byte) = rings.input.get(0)
+            && accept(byte)
+        {
+            rings.input.pop();
+        }
+        let left = !rings.input.is_empty();
+        self.has_input.store(left, Ordering::Relaxed);
+    }
+
+    /// Whether what the guest sends can be left in COM1 while there is room.
+    #[inline]
+    pub fn is_busy(&self) -> bool {
+        self.busy.load(Ordering::Relaxed)
+    }
+
+    /// Whether there is something for [`ConsolePort::receive`].
+    #[inline]
+    pub fn has_input(&self) -> bool {
+        self.has_input.load(Ordering::Relaxed)
+    }
+
+    /// Whether there may be input, or room for output, since the last call. Costs a read
+    /// where there is not.
+    #[inline]
+    pub fn has_moved(&self) -> bool {
+        self.moved.load(Ordering::Relaxed) && self.moved.swap(false, Ordering::Relaxed)
+    }
+}
+
+/// The line's side.
+impl ConsolePort {
+    /// Shows this console, all its scroll-back first, or no longer does.
+    pub fn show(&self, on: bool) {
+        let mut rings = self.rings.lock();
+        rings.shown = on;
+        rings.unsent = if on { rings.output.len() } else { 0 };
+        self.busy.store(!on, Ordering::Relaxed);
+        drop(rings);
+        // COM1 may have more.
+        self.tell();
+    }
+
+    /// Gives the next bytes that are to be sent to `sink`, at most `room`.
+    pub fn take(&self, room: usize, mut sink: impl FnMut(u8)) {
+        let mut rings = self.rings.lock();
+        let first = rings.output.len() - rings.unsent;
+        let count = rings.unsent.min(room);
+        (first..first + count)
+            .filter_map(|index| rings.output.get(index))
+            .for_each(&mut sink);
+        rings.unsent -= count;
+    }
+
+    /// How many bytes are to be sent.
+    pub fn unsent(&self) -> usize {
+        self.rings.lock().unsent
+    }
+
+    /// After the line has taken what it could: whether it still has something to send, and
+    /// so comes again. True when it has to take more at once.
+    pub fn settle(&self, busy: bool) -> bool {
+        let rings = self.rings.lock();
+        let was_busy = self.busy.swap(busy, Ordering::Relaxed);
+        let unsent = rings.unsent;
+        drop(rings);
+        if was_busy && unsent == 0 {
+            self.tell();
+        }
+        unsent > 0 && !busy
+    }
+
+    /// A byte for the guest; false when there is no room, and the byte is lost.
+    pub fn type_in(&self, byte: u8) -> bool {
+        let mut rings = self.rings.lock();
+        let fits = rings.input.push(byte);
+        self.has_input.store(true, Ordering::Relaxed);
+        drop(rings);
+        self.tell();
+        fits
+    }
+
+    /// Has the guest's CPU look here. On this CPU it does so behind the interrupt.
+    fn tell(&self) {
+        if self.moved.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let cpu = self.cpu.load(Ordering::Relaxed);
+        if cpu != NOWHERE && cpu != local_apic::id() {
+            local_apic::send(Command::fixed(Target::Cpu(cpu), interrupts::KICK));
+        }
+    }
+}
+
+impl Rings {
+    /// Whether the guest has to wait.
+    const fn is_full(&self) -> bool {
+        self.unsent == OUTPUT
+    }
+
+    /// What was sent or is not to be shown makes room.
+    fn push(&mut self, byte: u8) {
+        self.output.push_over(byte);
+        self.unsent += usize::from(self.shown);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::sync::atomic::AtomicUsize;
+    use proptest::prelude::*;
+    use std::collections::VecDeque;
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    fn taken(port: &ConsolePort, room: usize) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        port.take(room, |byte| bytes.push(byte));
+        bytes
+    }
+
+    #[test]
+    fn a_shown_console_is_a_slow_line() {
+        let port = ConsolePort::new();
+        port.show(true);
+        assert!(port.has_moved(), "COM1 may have more");
+        let mut flood = (0..).map(|n: usize| n as u8);
+        assert!(port.send(&mut flood), "an idle line is to be told");
+        assert!(!port.settle(true));
+        assert_eq!(port.unsent(), OUTPUT);
+        assert!(!port.send(&mut flood), "a busy one comes by itself");
+        assert_eq!(flood.next(), Some(OUTPUT as u8), "nothing is lost");
+        assert!(!port.has_moved());
+        assert_eq!(taken(&port, OUTPUT + 1).len(), OUTPUT);
+        port.settle(true);
+        assert!(port.has_moved(), "there is room again");
+        assert!(!port.has_moved());
+    }
+
+    #[test]
+    fn a_hidden_console_waits_for_nobody() {
+        let port = ConsolePort::new();
+        assert!(!port.send((0..OUTPUT + 10).map(|n| (n / 256) as u8)));
+        assert_eq!(port.unsent(), 0);
+        port.show(true);
+        assert_eq!(port.unsent(), OUTPUT);
+        port.show(false);
+        assert_eq!(taken(&port, 1), []);
+    }
+
+    #[test]
+    fn what_the_line_has_not_seen_is_told() {
+        let port = ConsolePort::new();
+        port.show(true);
+        port.settle(true);
+        assert!(
+            !port.send(b"a".iter().copied()),
+            "the line comes by itself, as it has said"
+        );
+        assert!(port.settle(false), "and it may not go without looking");
+    }
+
+    #[test]
+    fn a_byte_that_is_refused_is_offered_again() {
+        let port = ConsolePort::new();
+        for byte in *b"abc" {
+            assert!(port.type_in(byte));
+        }
+        assert!(port.has_moved() && port.has_input());
+        let mut seen = Vec::new();
+        port.receive(|byte| {
+            seen.push(byte);
+            byte != b'b'
+        });
+        assert!(port.has_input());
+        port.receive(|byte| {
+            seen.push(byte);
+            true
+        });
+        assert_eq!(seen, b"abbc");
+        assert!(!port.has_input());
+        assert_eq!((0..INPUT + 1).filter(|_| port.type_in(0)).count(), INPUT);
+    }
+
+    /// A guest's CPU that only looks when it is told, and a line on another: neither waits
+    /// for something that the other has forgotten to say.
+    #[test]
+    fn two_cpus_do_not_lose_each_other() {
+        const BYTES: usize = 300_000;
+        let port = ConsolePort::new();
+        port.show(true);
+        let attend = AtomicBool::new(false);
+        let seen = AtomicUsize::new(0);
+        let start = Instant::now();
+        let in_time = || start.elapsed() < Duration::from_secs(20);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut queue = 0;
+                while seen.load(Ordering::Relaxed) < BYTES && in_time() {
+                    if queue == 0 && !attend.swap(false, Ordering::Relaxed) {
+                        continue;
+                    }
+                    queue -= queue.min(16);
+                    loop {
+                        let bytes = taken(&port, 64 - queue);
+                        for (byte, n) in bytes.iter().zip(seen.load(Ordering::Relaxed)..) {
+                            assert_eq!(*byte, n as u8);
+                        }
+                        queue += bytes.len();
+                        seen.fetch_add(bytes.len(), Ordering::Relaxed);
+                        if !port.settle(queue > 0) {
+                            break;
+                        }
+                    }
+                }
+            });
+            let mut com1 = VecDeque::new();
+            let pump = |com1: &mut VecDeque<u8>| {
+                if port.send(core::iter::from_fn(|| com1.pop_front())) {
+                    attend.store(true, Ordering::Relaxed);
+                }
+            };
+            for n in 0..BYTES {
+                while com1.len() == 500 && in_time() {
+                    if port.has_moved() {
+                        pump(&mut com1);
+                    }
+                }
+                com1.push_back(n as u8);
+                if !port.is_busy() || port.has_moved() {
+                    pump(&mut com1);
+                }
+            }
+            while !com1.is_empty() && in_time() {
+                if port.has_moved() {
+                    pump(&mut com1);
+                }
+            }
+        });
+        assert_eq!(seen.load(Ordering::Relaxed), BYTES);
+    }
+
+    proptest! {
+        /// Whatever the order: what is shown is what was sent, without a gap, and the
+        /// scroll-back is its end.
+        #[test]
+        fn nothing_is_lost_or_doubled(
+            steps in prop::collection::vec((0..3u8, 0..6000usize), 1..40)
+        ) {
+            let port = ConsolePort::new();
+            port.show(true);
+            let mut flood = (0..).map(|n: usize| (n % 251) as u8);
+            let (mut sent, mut seen) = (0, 0);
+            for (step, count) in steps {
+                match step {
+                    0 => {
+                        let before = port.unsent();
+                        port.send(flood.by_ref().take(count.min(OUTPUT - before)));
+                        sent += port.unsent() - before;
+                    }
+                    1 => {
+                        let bytes = taken(&port, count);
+                        for byte in bytes {
+                            prop_assert_eq!(byte, (seen % 251) as u8);
+                            seen += 1;
+                        }
+                    }
+                    _ => {
+                        port.show(false);
+                        port.show(true);
+                        prop_assert_eq!(port.unsent(), sent.min(OUTPUT));
+                        seen = sent - port.unsent();
+                    }
+                }
+                prop_assert_eq!(sent - seen, port.unsent());
+            }
+        }
+    }
+}

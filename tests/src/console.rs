@@ -1,0 +1,95 @@
+//! The operator's console, used as at a terminal: the escape, the prompt and its commands,
+//! and two guests on two CPUs that go on meanwhile.
+
+use crate::harness::{Case, Ending, Input, Suite};
+use anyhow::Result;
+use xtask::{build, paths};
+
+pub fn add(suite: &mut Suite) {
+    suite.add("console::operator", operator);
+}
+
+const CONFIG: &str = r#"
+[[vm]]
+name = "first"
+memory = "64M"
+kernel = "echo"
+
+[[vm]]
+name = "second"
+memory = "64M"
+kernel = "echo"
+cpus = [1]
+"#;
+
+/// What is waited for, and what is typed then.
+const TYPED: [(&str, &str); 21] = [
+    ("echo: ready", "\x141"),
+    // Ctrl-T twice is one for the guest.
+    ("console 1: first", "one\x14\x14two\r"),
+    (r#"echo: "one\x14two""#, "half\x14p"),
+    ("vireo> ", "vms\r"),
+    ("running", "nonsense 1\r"),
+    ("there is no command nonsense", "stat nobody\r"),
+    ("there is no guest nobody", "stat first\r"),
+    // Edited into "stat --json".
+    (
+        "vireo> ",
+        "sttx --jso\x1b[D\x1b[H\x1b[C\x1b[C\x1b[3~a\x1b[C\x7ft\x1b[Fn\r",
+    ),
+    // Its end is cut off, and what is typed then too.
+    ("]}]}", "\x1b[A\x17\x7f\x15mem x\x15 mem\x01\x0bcpus\r"),
+    ("runs second", "log\r"),
+    ("vm first: started", "\x147"),
+    ("there is no guest 7", "help\r"),
+    ("Ctrl-T n", "\x141"),
+    // The scroll-back; and what was typed before is still there.
+    (r#"echo: "one"#, "way\r"),
+    (r#"echo: "halfway""#, "\x142"),
+    ("console 2: second", "flood\r"),
+    // It goes on, and is in nobody's way.
+    ("flood 300", "\x141still\r"),
+    (r#"echo: "still""#, "\x14n"),
+    ("flood ", "x"),
+    ("flood: over", "quit\r"),
+    // The console goes to the guest that is left.
+    ("console 1: first", "quit\r"),
+];
+
+fn operator(case: &mut Case) -> Result<()> {
+    let kernel = paths::read(&build::guest("echo")?)?;
+    let seen = case
+        .machine()
+        .volume(CONFIG, &[("echo", &kernel)])?
+        .options(["--smp", "2"])
+        .input(Input::Typed(TYPED.to_vec()))
+        .limit(180)
+        .run()?;
+    case.check_equal(
+        "all that was waited for has come",
+        &seen.ending,
+        &Ending::Status(0),
+    );
+    for (what, text) in [
+        (
+            "a switch to the prompt is told",
+            "vireo: console 0: the hypervisor's prompt",
+        ),
+        ("the guests are listed", "\r\n 1  first     64 MiB      1  "),
+        ("exits are a table", "\r\nreason "),
+        ("with the guest's port I/O", "\r\nI/O "),
+        (
+            "exits are JSON too",
+            "\"vms\":[{\"name\":\"first\",\"exits\":",
+        ),
+        (
+            "the CPUs are listed",
+            "\r\n  0        0  runs first\r\n  1        1  runs second\r\n",
+        ),
+        ("the end of one", "vireo: vm second: powered off"),
+        ("and of the other", "vireo: vm first: powered off"),
+    ] {
+        case.check(what, seen.output.contains(text), &seen.output);
+    }
+    Ok(())
+}
