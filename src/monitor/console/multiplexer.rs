@@ -24,7 +24,8 @@ use core::fmt::Write;
 /// Ctrl-T.
 pub const ESCAPE: u8 = 0x14;
 
-/// The line is given so many bytes at most, so that it is soon on another console.
+/// The line is given so many bytes at most, so that it is soon on another console; less than
+/// it has space for.
 pub const FILL: usize = 256;
 /// While so many bytes of answers wait, what is typed waits too.
 const ENOUGH_TEXT: usize = 4096;
@@ -282,7 +283,12 @@ impl Multiplexer {
 
     fn fill_once(&mut self, line: &mut impl Line) {
         loop {
-            let room = FILL.saturating_sub(line.queued()).min(line.space());
+            // Seldom and much is cheaper than often and little.
+            let queued = line.queued();
+            if queued > FILL / 2 {
+                return;
+            }
+            let room = FILL - queued;
             let mut bytes = ArrayVec::<u8, FILL>::new();
             while bytes.len() < room
                 && let Some(byte) = self.text.pop()
@@ -293,10 +299,12 @@ impl Multiplexer {
                 let room = room - bytes.len();
                 self.guests[index].port.take(room, |byte| bytes.push(byte));
             }
-            if bytes.is_empty() {
+            if !bytes.is_empty() {
+                line.write(&bytes);
+            }
+            if bytes.len() < room {
                 return;
             }
-            line.write(&bytes);
         }
     }
 }
