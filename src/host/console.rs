@@ -24,6 +24,8 @@ pub const TRANSMIT_BUFFER: usize = 16 * 1024;
 pub const RECEIVE_BUFFER: usize = 1024;
 /// Received bytes taken in one interrupt; more come with the next one.
 const RECEIVE_BURST: usize = 64;
+/// Causes that one interrupt looks for: on a line that works the second look finds none.
+const CAUSES: usize = 64;
 
 /// PAUSEs between two looks at the transmitter.
 const PAUSES: u32 = 50;
@@ -252,24 +254,40 @@ pub fn queued() -> usize {
 }
 
 /// The UART's interrupt handler. Bounded, waits for nothing.
+///
+/// The I/O APIC takes the UART's line by its edges: it has to be low at the end, or no
+/// interrupt would ever come again. It stays high when a cause comes while another is there. So
+/// causes are looked for until there is none.
 pub fn interrupt() {
     with(|console| {
-        serial::acknowledge();
-        for _ in 0..RECEIVE_BURST {
-            match serial::receive() {
-                // A full queue loses what comes last, as a UART does.
-                Some(byte) => console.receive.push(byte),
-                None => break,
-            };
-        }
-        if is_draining() {
-            serial::refill(|| console.transmit.pop());
-            if console.transmit.is_empty() {
-                set_draining(false);
+        for _ in 0..CAUSES {
+            let cause = serial::acknowledge();
+            console.serve();
+            if !cause {
+                break;
             }
         }
     });
     moved();
+}
+
+impl Console {
+    /// Takes what has come, and gives the transmitter what it has room for.
+    fn serve(&mut self) {
+        for _ in 0..RECEIVE_BURST {
+            match serial::receive() {
+                // A full queue loses what comes last, as a UART does.
+                Some(byte) => self.receive.push(byte),
+                None => break,
+            };
+        }
+        if is_draining() {
+            serial::refill(|| self.transmit.pop());
+            if self.transmit.is_empty() {
+                set_draining(false);
+            }
+        }
+    }
 }
 
 /// Sends everything that is queued, by polling, but gives everybody else the console in

@@ -15,7 +15,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use spin::Mutex;
 use uart_16550::backend::PioBackend;
 use uart_16550::spec::FIFO_SIZE;
-use uart_16550::spec::registers::{IER, LSR};
+use uart_16550::spec::registers::{IER, ISR, LSR};
 use uart_16550::{BaudRate, Config, Uart16550};
 
 /// I/O base of COM1.
@@ -89,9 +89,10 @@ pub(super) fn set_transmit_interrupt(on: bool) {
     });
 }
 
-/// Reads the cause register, which acknowledges a transmit interrupt.
-pub(super) fn acknowledge() {
-    with(Uart::isr);
+/// Reads the cause register, which acknowledges a transmit interrupt where that is the cause that
+/// it names. Whether there was any cause.
+pub(super) fn acknowledge() -> bool {
+    !with(Uart::isr).contains(ISR::INTERRUPT_STATUS)
 }
 
 /// A received byte, when there is one.

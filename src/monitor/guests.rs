@@ -1,5 +1,6 @@
 //! The guests of the configuration: all are loaded, then each runs on the CPU that it has for
-//! itself, and those that have none run one after the other on the bootstrap processor.
+//! itself, and those that have none run one after the other on the bootstrap processor. What
+//! follows an end is the guest's policy, or the operator's command.
 
 use super::statistics::Exits;
 use super::{log, processors, registry};
@@ -24,14 +25,16 @@ use crate::vmx::operation::Vmx;
 use crate::vmx::vpid::{Vpid, VpidAllocator};
 use ::log::{error, info, warn};
 use alloc::boxed::Box;
+use alloc::collections::VecDeque;
 use alloc::string::ToString;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
-use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicUsize, Ordering};
 use spin::{Mutex, Once};
+use vireo_handoff::BootInfo;
+use vireo_handoff::config::{self, Config, Policy};
 use vireo_handoff::layout::DIRECT_MAP;
-use vireo_handoff::{BootInfo, config};
 
 /// Why a guest could not start.
 #[derive(Debug)]
@@ -80,55 +83,95 @@ impl fmt::Display for StartError {
 /// Guests that run on CPUs of their own. Whoever finds that there are none needs to see
 /// nothing else of theirs.
 static RUNNING: AtomicUsize = AtomicUsize::new(0);
-/// Bytes of memory of the guests that are there.
-static LOADED: AtomicU64 = AtomicU64::new(0);
 static VPIDS: Mutex<VpidAllocator> = Mutex::new(VpidAllocator::new());
+
+/// What the loader has left, as long as a guest may have to be loaded again.
+static BOOT: Once<&'static BootInfo> = Once::new();
+
+/// The shortest time from one start of a guest to the next, as a part of a second: one that
+/// crashes at once does not keep its CPU busy.
+const STARTS_A_SECOND: u64 = 1;
 
 /// Runs every guest to its end, and says how each ended or why it did not start.
 pub fn run_all(boot: &'static BootInfo, vmx: Vmx) {
     let mut guests = Vec::new();
     for config in &boot.config.vm {
         let registered = registry::add(config);
-        match Loaded::new(boot, config, Arc::clone(&registered)) {
-            Ok(guest) => guests.push(guest),
+        match Loaded::new(boot, &registered) {
+            Ok(guest) => guests.push((registered, guest)),
             Err(reason) => cannot_start(&registered, &reason),
         }
     }
-    // SAFETY: here and only here; what was loaded was copied.
-    unsafe { memory::release_files(boot) };
-    let loaded = guests.iter().map(|guest| guest.config.memory).sum();
-    LOADED.store(loaded, Ordering::Relaxed);
+    if may_load_again(&boot.config) {
+        BOOT.call_once(|| boot);
+    } else {
+        // SAFETY: here and only here; what was loaded was copied, and `BOOT` is never set.
+        unsafe { memory::release_files(boot) };
+    }
 
-    let mut others = Vec::new();
-    for guest in guests {
-        match guest.cpu {
-            Some(cpu) => start_on(cpu, guest),
-            None => others.push(guest),
+    let mut others = VecDeque::new();
+    for (registered, guest) in guests {
+        match registered.own_cpu() {
+            Some(cpu) => start_on(cpu, registered, Some(guest)),
+            None => others.push_back((registered, Some(guest))),
         }
     }
-    for guest in others {
-        guest.run(vmx);
-    }
-    while RUNNING.load(Ordering::Relaxed) > 0 {
-        // The last one's kick ends this.
-        cpu::wait_for_interrupt();
+    loop {
+        let wanted = || registry::take_wanted().map(|registered| (registered, None));
+        if let Some((registered, guest)) = others.pop_front().or_else(wanted) {
+            live(&registered, guest, vmx);
+        } else if RUNNING.load(Ordering::Relaxed) > 0 {
+            // The end of a guest on another CPU is a kick, and a command is an interrupt of the UART.
+            cpu::wait_for_interrupt();
+        } else {
+            return;
+        }
     }
 }
 
-/// Says why a guest does not start.
-fn cannot_start(guest: &registry::Guest, reason: &StartError) {
-    error!("vm {}: {reason}", guest.name());
-    guest.ended(reason);
+/// Whether guests of this configuration may be started again: by their policy, or by the
+/// operator while another one runs.
+fn may_load_again(config: &Config) -> bool {
+    let restarts = |vm: &config::Vm| [vm.on_reboot, vm.on_crash].contains(&Policy::Restart);
+    config.vm.len() > 1 || config.vm.iter().any(restarts)
 }
 
-/// Has `guest` run on `cpu`, which it has for itself.
-fn start_on(cpu: &'static Cpu, guest: Loaded) {
+/// Why a guest cannot be started again.
+pub const NOT_KEPT: &str =
+    "its images are not kept; set on_reboot or on_crash to \"restart\" in vireo.toml";
+
+/// Whether there is what it needs to start a guest again.
+pub fn may_start_again() -> bool {
+    BOOT.get().is_some()
+}
+
+/// Starts a guest that has ended; a sentence where that cannot be. Waits for nothing.
+///
+/// # Errors
+/// Why not.
+pub fn start_again(guest: &Arc<registry::Guest>) -> Result<(), &'static str> {
+    if !may_start_again() {
+        return Err(NOT_KEPT);
+    }
+    if !guest.want() {
+        return Err("it has not ended");
+    }
+    if let Some(cpu) = guest.own_cpu()
+        && guest.take_wanted()
+    {
+        start_on(cpu, Arc::clone(guest), None);
+    }
+    Ok(())
+}
+
+/// Has a guest live on `cpu`, which it has for itself.
+fn start_on(cpu: &'static Cpu, registered: Arc<registry::Guest>, guest: Option<Loaded>) {
     RUNNING.fetch_add(1, Ordering::Relaxed);
-    let registered = Arc::clone(&guest.registered);
+    let refused = Arc::clone(&registered);
     let work: Work = Box::new(move |cpu| {
         match processors::vmx(cpu) {
-            Some(vmx) => guest.run(vmx),
-            None => cannot_start(&guest.registered, &StartError::CpuWithoutVtx(cpu.number)),
+            Some(vmx) => live(&registered, guest, vmx),
+            None => cannot_start(&registered, &StartError::CpuWithoutVtx(cpu.number)),
         }
         RUNNING.fetch_sub(1, Ordering::Relaxed);
         if let Some(bootstrap) = cpus::get(cpus::BOOTSTRAP) {
@@ -137,7 +180,56 @@ fn start_on(cpu: &'static Cpu, guest: Loaded) {
     });
     if cpu.give(work).is_err() {
         RUNNING.fetch_sub(1, Ordering::Relaxed);
-        cannot_start(&registered, &StartError::BusyCpu(cpu.number));
+        cannot_start(&refused, &StartError::BusyCpu(cpu.number));
+    }
+}
+
+/// Says why a guest does not start.
+fn cannot_start(guest: &registry::Guest, reason: &StartError) {
+    error!("vm {}: {reason}", guest.config().name);
+    guest.ended(reason);
+}
+
+/// Runs a guest on this CPU until it has ended for good. It is loaded first where `guest` is
+/// not there, and again before each further start.
+fn live(registered: &Arc<registry::Guest>, mut guest: Option<Loaded>, vmx: Vmx) {
+    loop {
+        let started = cpu::rdtsc();
+        let loaded = match (guest.take(), BOOT.get()) {
+            (Some(loaded), _) => Ok(loaded),
+            (None, Some(boot)) => Loaded::new(boot, registered),
+            (None, None) => Err(StartError::NoSuchFile),
+        };
+        let result = loaded.and_then(|loaded| loaded.run(registered, vmx));
+        let again = match result {
+            Ok(end) => {
+                let again = registered.follows(&end) == Policy::Restart && BOOT.get().is_some();
+                let and = if again { ", and is started again" } else { "" };
+                info!(target: log::ALWAYS, "vm {}: {end}{and}", registered.config().name);
+                if again {
+                    registered.set_again();
+                }
+                registered.ended(&end);
+                again
+            }
+            Err(reason) => {
+                cannot_start(registered, &reason);
+                false
+            }
+        };
+        if !again {
+            return;
+        }
+        while cpu::rdtsc().wrapping_sub(started) < time::tsc_hz() / STARTS_A_SECOND {
+            time::arm(time::tsc_hz() / 100);
+            cpu::wait_for_interrupt();
+        }
+        if !registered.take_again() {
+            let name = &registered.config().name;
+            info!(target: log::ALWAYS, "vm {name}: {}", End::Stopped);
+            registered.ended(&End::Stopped);
+            return;
+        }
     }
 }
 
@@ -145,7 +237,7 @@ fn start_on(cpu: &'static Cpu, guest: Loaded) {
 fn tell_memory() {
     static TOLD: Once = Once::new();
     TOLD.call_once(|| {
-        let guests = LOADED.load(Ordering::Relaxed);
+        let guests = registry::memory();
         let own = memory::usage().saturating_sub(guests);
         info!(
             target: log::ALWAYS,
@@ -170,9 +262,6 @@ impl Drop for Block {
 /// A guest that is ready to start. Fields are dropped in their order.
 struct Loaded {
     config: &'static config::Vm,
-    registered: Arc<registry::Guest>,
-    /// Whose it is alone, but for the bootstrap processor.
-    cpu: Option<&'static Cpu>,
     memory: GuestMemory,
     map: MemoryMap,
     entry: EntryState,
@@ -181,18 +270,13 @@ struct Loaded {
 
 impl Loaded {
     /// Takes the guest's memory and fills it.
-    fn new(
-        boot_info: &BootInfo,
-        config: &'static config::Vm,
-        registered: Arc<registry::Guest>,
-    ) -> Result<Self, StartError> {
-        let cpu = match config.cpus.first() {
-            None => None,
-            Some(&number) => {
-                let cpu = cpus::get(number as usize).ok_or(StartError::NoSuchCpu(number))?;
-                (cpu.number != cpus::BOOTSTRAP).then_some(cpu)
-            }
-        };
+    fn new(boot_info: &BootInfo, registered: &registry::Guest) -> Result<Self, StartError> {
+        let config = registered.config();
+        if let Some(&number) = config.cpus.first()
+            && cpus::get(number as usize).is_none()
+        {
+            return Err(StartError::NoSuchCpu(number));
+        }
         let frames =
             memory::allocate(config.memory >> 12, ALIGN_2M).ok_or(StartError::NotEnoughMemory {
                 needed: config.memory,
@@ -220,8 +304,6 @@ impl Loaded {
             .map_err(StartError::Boot)?;
         Ok(Self {
             config,
-            registered,
-            cpu,
             memory,
             map,
             entry,
@@ -229,26 +311,10 @@ impl Loaded {
         })
     }
 
-    /// Runs the guest to its end on this CPU, and says how it ended or why it did not start.
-    fn run(self, vmx: Vmx) {
-        let config = self.config;
-        let registered = Arc::clone(&self.registered);
-        let result = self.run_to_end(vmx);
-        LOADED.fetch_sub(config.memory, Ordering::Relaxed);
-        match result {
-            Ok(end) => {
-                info!(target: log::ALWAYS, "vm {}: {end}", config.name);
-                registered.ended(&end);
-            }
-            Err(reason) => cannot_start(&registered, &reason),
-        }
-    }
-
-    fn run_to_end(self, vmx: Vmx) -> Result<End, StartError> {
+    /// Runs the guest to its end on this CPU.
+    fn run(self, registered: &registry::Guest, vmx: Vmx) -> Result<End, StartError> {
         let Self {
             config,
-            registered,
-            cpu,
             memory,
             map,
             entry,
@@ -265,6 +331,7 @@ impl Loaded {
             config,
             memory,
             registered.console(),
+            registered.control(),
             &chipset,
             Clock::new(time::tsc_hz()),
             Host {
@@ -288,7 +355,9 @@ impl Loaded {
                 }
                 tell_memory();
                 let (memory, tier) = (config.memory >> 20, vcpu.apic_tier());
-                let number = cpu.map_or(cpus::BOOTSTRAP, |cpu| cpu.number);
+                let number = registered
+                    .own_cpu()
+                    .map_or(cpus::BOOTSTRAP, |cpu| cpu.number);
                 info!(
                     target: log::ALWAYS,
                     "vm {}: started, {memory} MiB, APIC {tier}, CPU {number}",

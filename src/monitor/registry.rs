@@ -3,12 +3,17 @@
 //! The locks are taken with interrupts off, and for moments only: the operator's commands
 //! ask in an interrupt.
 
+use super::console::commands::Action;
 use super::console::{self, commands};
+use super::guests;
 use super::statistics::Exits;
 use crate::arch::cpu::without_interrupts;
-use crate::host::local_apic;
-use crate::vcpu::Vcpu;
+use crate::host::cpus::{self, Cpu};
+use crate::host::interrupts;
+use crate::host::local_apic::{self, Command, Target};
+use crate::vcpu::{End, Vcpu};
 use crate::vm::console::ConsolePort;
+use crate::vm::control::{Control, Request};
 use crate::vmx::apic::ApicTier;
 use crate::vmx::entry::Statistics;
 use alloc::boxed::Box;
@@ -16,19 +21,22 @@ use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::mem;
+use core::sync::atomic::{AtomicBool, Ordering};
 use spin::Mutex;
-use vireo_handoff::config;
+use vireo_handoff::config::{self, Policy};
 
 /// In the order of the configuration, which is that of the consoles' numbers.
 static GUESTS: Mutex<Vec<Arc<Guest>>> = Mutex::new(Vec::new());
 
 /// A guest of the configuration.
 pub struct Guest {
-    name: String,
-    /// Bytes.
-    memory: u64,
-    vcpus: u32,
+    config: &'static config::Vm,
     console: Arc<ConsolePort>,
+    control: Arc<Control>,
+    /// The operator has asked for the reset that ends it.
+    reset: AtomicBool,
+    /// It has ended, and its CPU starts it again in a moment.
+    again: AtomicBool,
     /// In the multiplexer of consoles.
     index: usize,
     life: Mutex<Life>,
@@ -39,6 +47,8 @@ enum Life {
     /// It is in memory, and has not started.
     Loaded,
     Running(Running),
+    /// It has ended, and is to be started again by its CPU.
+    Wanted,
     /// It runs no more, or never did. What it was is there where it ran.
     Ended {
         how: String,
@@ -60,14 +70,15 @@ impl Running {
 }
 
 /// Adds a guest of the configuration, which is being loaded.
-pub fn add(config: &config::Vm) -> Arc<Guest> {
+pub fn add(config: &'static config::Vm) -> Arc<Guest> {
     let port = Arc::new(ConsolePort::new());
     let index = console::add(config.name.clone(), Arc::clone(&port));
     let guest = Arc::new(Guest {
-        name: config.name.clone(),
-        memory: config.memory,
-        vcpus: config.vcpus,
+        config,
         console: port,
+        control: Arc::default(),
+        reset: AtomicBool::new(false),
+        again: AtomicBool::new(false),
         index,
         life: Mutex::new(Life::Loaded),
     });
@@ -87,8 +98,14 @@ pub fn memory() -> u64 {
     guests
         .iter()
         .filter(has_memory)
-        .map(|guest| guest.memory)
+        .map(|guest| guest.config.memory)
         .sum()
+}
+
+/// The next guest that the bootstrap processor is to start again.
+pub fn take_wanted() -> Option<Arc<Guest>> {
+    let mut guests = all().into_iter();
+    guests.find(|guest| guest.own_cpu().is_none() && guest.take_wanted())
 }
 
 impl Guest {
@@ -96,9 +113,103 @@ impl Guest {
         without_interrupts(|| f(&mut self.life.lock()))
     }
 
-    /// As in the configuration.
-    pub fn name(&self) -> &str {
-        &self.name
+    /// What it was made from.
+    pub const fn config(&self) -> &'static config::Vm {
+        self.config
+    }
+
+    /// The CPU that it has for itself; none where that is the bootstrap processor, which
+    /// others share.
+    pub fn own_cpu(&self) -> Option<&'static Cpu> {
+        let number = *self.config.cpus.first()? as usize;
+        cpus::get(number).filter(|cpu| cpu.number != cpus::BOOTSTRAP)
+    }
+
+    /// What is asked of it while it runs.
+    pub fn control(&self) -> Arc<Control> {
+        Arc::clone(&self.control)
+    }
+
+    /// Marks one that has ended as wanted; false where it has not ended.
+    pub fn want(&self) -> bool {
+        self.with(|life| {
+            let ended = matches!(life, Life::Ended { .. });
+            if ended {
+                *life = Life::Wanted;
+            }
+            ended
+        })
+    }
+
+    /// Whether it is wanted; whoever gets true is to start it.
+    pub fn take_wanted(&self) -> bool {
+        self.with(|life| {
+            let wanted = matches!(life, Life::Wanted);
+            if wanted {
+                *life = Life::Loaded;
+            }
+            wanted
+        })
+    }
+
+    /// What follows this end of it.
+    pub fn follows(&self, end: &End) -> Policy {
+        match end {
+            End::Reset if self.reset.swap(false, Ordering::Relaxed) => Policy::Restart,
+            End::Reset => self.config.on_reboot,
+            End::PowerOff | End::Stopped => Policy::Stop,
+            _ => self.config.on_crash,
+        }
+    }
+
+    /// Its CPU is going to start it again, if that is still wanted in the end
+    /// ([`Guest::take_again`]).
+    pub fn set_again(&self) {
+        self.again.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is to be started again; if so, whoever gets true does that.
+    pub fn take_again(&self) -> bool {
+        self.again.swap(false, Ordering::Relaxed)
+    }
+
+    /// Asks it for what the operator wants, and has its CPU look.
+    ///
+    /// # Errors
+    /// Why that cannot be.
+    pub fn steer(self: &Arc<Self>, action: Action) -> Result<(), &'static str> {
+        if action == Action::Start {
+            return guests::start_again(self);
+        }
+        let cpu = self.with(|life| match life {
+            Life::Running(running) => Some(running.cpu),
+            _ => None,
+        });
+        let Some(cpu) = cpu else {
+            // One that is about to be started again is not, then.
+            return if action == Action::Stop && self.take_again() {
+                Ok(())
+            } else {
+                Err("it does not run")
+            };
+        };
+        let pauses = self.control.asked().contains(Request::PAUSE);
+        match action {
+            Action::Start => {}
+            Action::Stop => self.control.ask(Request::STOP),
+            Action::Reset if !guests::may_start_again() => return Err(guests::NOT_KEPT),
+            Action::Reset => {
+                self.reset.store(true, Ordering::Relaxed);
+                self.control.ask(Request::RESET);
+            }
+            Action::Pause if pauses => return Err("it pauses already"),
+            Action::Pause => self.control.ask(Request::PAUSE),
+            Action::Resume if !pauses => return Err("it does not pause"),
+            Action::Resume => self.control.withdraw(Request::PAUSE),
+        }
+        let kick = Command::fixed(Target::Cpu(cpu), interrupts::KICK);
+        local_apic::send(kick);
+        Ok(())
     }
 
     /// Its console.
@@ -106,8 +217,9 @@ impl Guest {
         Arc::clone(&self.console)
     }
 
-    /// It starts, on the calling CPU.
+    /// It starts, on the calling CPU. What was asked of it before is forgotten.
     pub fn started(&self, tier: ApicTier, statistics: Statistics<Vcpu>) {
+        self.control.withdraw(Request::all());
         let running = Life::Running(Running {
             tier,
             cpu: local_apic::id(),
@@ -135,8 +247,13 @@ impl Guest {
     pub fn look(&self) -> commands::Guest {
         let (state, tier, cpu, exits) = self.with(|life| match life {
             Life::Loaded => ("loaded".into(), None, None, None),
+            Life::Wanted => ("to be started".into(), None, None, None),
             Life::Running(running) => (
-                "running".into(),
+                if self.control.asked().contains(Request::PAUSE) {
+                    "pausing".into()
+                } else {
+                    "running".into()
+                },
                 Some(running.tier),
                 Some(running.cpu),
                 Some(running.exits()),
@@ -147,10 +264,10 @@ impl Guest {
             }
         });
         commands::Guest {
-            name: self.name.clone(),
+            name: self.config.name.clone(),
             state,
-            memory: self.memory,
-            vcpus: self.vcpus,
+            memory: self.config.memory,
+            vcpus: self.config.vcpus,
             apic: tier.map(|tier| tier.to_string()),
             cpu,
             exits,

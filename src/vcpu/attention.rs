@@ -5,7 +5,7 @@
 //! tests (see [`super::timer`]). What an answer does to the local APIC or to the
 //! chipset is followed by a look at what came of it.
 
-use super::Vcpu;
+use super::{Leave, Vcpu};
 use crate::devices::chipset::Chipset;
 use bitflags::bitflags;
 
@@ -30,6 +30,14 @@ impl Vcpu {
     pub(super) fn attend_to(&mut self, attention: Attention) {
         self.attention |= attention;
         self.timer.settle_now();
+    }
+
+    /// After an interrupt of the host, by which somebody may have asked for something.
+    #[inline]
+    pub(super) fn look_at_requests(&mut self) {
+        if !self.vm.control.asked().is_empty() && self.leave.is_none() {
+            self.leave(Leave::Request);
+        }
     }
 
     /// After something was done to the local APIC.

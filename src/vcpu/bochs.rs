@@ -52,6 +52,7 @@ impl Vcpu {
     /// Takes the host interrupts that the guest did not exit for.
     pub(super) fn take_missed_interrupts(&mut self) {
         self.admit_interrupts(cpu::interrupt_window);
+        self.look_at_requests();
         if self.vm.console.has_moved() {
             self.attend_to(Attention::CONSOLE);
         }

@@ -121,6 +121,7 @@ impl Vcpu {
     #[inline]
     pub(super) fn external_interrupt(&mut self, vector: u8) {
         interrupts::dispatch(vector);
+        self.look_at_requests();
         self.attend_to(Attention::DEVICES);
         if self.vm.console.has_moved() {
             self.attend_to(Attention::CONSOLE);

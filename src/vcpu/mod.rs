@@ -96,6 +96,8 @@ pub struct Vcpu {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Leave {
     Halt,
+    /// Something is asked of the guest ([`crate::vm::control`]).
+    Request,
     End(End),
 }
 

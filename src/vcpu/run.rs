@@ -11,6 +11,7 @@ use crate::devices::Ticks;
 use crate::devices::chipset::Chipset;
 use crate::host::time;
 use crate::vm::boot::EntryState;
+use crate::vm::control::Request;
 use crate::vmx::check::{self, FieldReader};
 use crate::vmx::entry::{Entry, Left, Next};
 use crate::vmx::ept::EptError;
@@ -25,6 +26,8 @@ use core::{fmt, mem};
 pub enum End {
     PowerOff,
     Reset,
+    /// By the operator.
+    Stopped,
     /// An exception that could not be delivered; `raised` if it was the hypervisor's.
     TripleFault {
         rip: Gva,
@@ -63,6 +66,7 @@ impl fmt::Display for End {
         match self {
             Self::PowerOff => f.write_str("powered off"),
             Self::Reset => f.write_str("reset"),
+            Self::Stopped => f.write_str("stopped by the operator"),
             Self::TripleFault { rip, raised } => {
                 write!(f, "stopped: triple fault at {rip}")?;
                 let Some(Raised {
@@ -124,6 +128,8 @@ enum Woken {
     /// The local APIC's timer has expired, and that is when.
     For(Ticks),
     Never,
+    /// Somebody has asked for that.
+    End(End),
 }
 
 impl Vcpu {
@@ -164,7 +170,12 @@ impl Vcpu {
                 None => Woken::Now,
                 Some(Leave::Halt) => match self.wait() {
                     Woken::Never => return self.failed(End::HaltedForever),
+                    Woken::End(end) => return end,
                     woken => woken,
+                },
+                Some(Leave::Request) => match self.obey() {
+                    Some(end) => return end,
+                    None => Woken::Now,
                 },
                 Some(Leave::End(end)) => return self.failed(end),
             }
@@ -187,9 +198,9 @@ impl Vcpu {
             self.advance(now);
             self.set_timer(now);
         }
-        // What devices have delivered is injected now too; what has come from the console
-        // meanwhile is for the next exit.
-        let delivered = self.attention - Attention::CONSOLE;
+        // What devices have delivered is injected now too; what else has come meanwhile is for
+        // the next exit.
+        let delivered = self.attention & (Attention::EVENTS | Attention::DEVICES);
         self.attention -= delivered;
         if !(attention | delivered).is_empty() {
             self.inject();
@@ -236,6 +247,9 @@ impl Vcpu {
             if self.has_wake_event() {
                 return woken;
             }
+            if let Some(end) = self.obey() {
+                return Woken::End(end);
+            }
             if self.interrupts_are_off() {
                 return Woken::Never;
             }
@@ -251,10 +265,29 @@ impl Vcpu {
         }
     }
 
+    /// Does what is asked of the guest, which may take as long as it is to pause; what it
+    /// ends with, if that was it.
+    fn obey(&mut self) -> Option<End> {
+        loop {
+            let asked = self.vm.control.asked();
+            if asked.contains(Request::STOP) {
+                return Some(End::Stopped);
+            }
+            if asked.contains(Request::RESET) {
+                return Some(End::Reset);
+            }
+            if !asked.contains(Request::PAUSE) {
+                return None;
+            }
+            // Whoever withdraws it interrupts this.
+            self.admit_interrupts(cpu::wait_for_interrupt);
+        }
+    }
+
     /// Reports what was wrong with the state when an entry failed.
     fn failed(&self, end: End) -> End {
         match end {
-            End::PowerOff | End::Reset => {}
+            End::PowerOff | End::Reset | End::Stopped => {}
             End::EntryFailure { .. } | End::EntryRefused(_) => {
                 for violation in check::check(&Fields(&self.vmcs), &self.check_capabilities()) {
                     log::error!("vm {}: {violation}", self.vm.name);

@@ -1,6 +1,7 @@
 //! A guest as a whole: what all its vCPUs share.
 
 use super::console::ConsolePort;
+use super::control::Control;
 use super::memory::GuestMemory;
 use super::slots::{SlotKind, Slots};
 use crate::addr::{Gpa, Hpa, Hva, PAGE_SIZE};
@@ -28,6 +29,7 @@ pub struct Vm {
     pub chipset: Mutex<Chipset>,
     pub signals: Signals,
     pub console: Arc<ConsolePort>,
+    pub control: Arc<Control>,
     /// Ticks a second of the guest's time-stamp counter.
     pub clock: Clock,
     /// Nanoseconds since 1970 when the VM was switched on.
@@ -110,6 +112,7 @@ impl Vm {
         config: &config::Vm,
         guest_memory: GuestMemory,
         console: Arc<ConsolePort>,
+        control: Arc<Control>,
         chipset: &ChipsetConfig,
         clock: Clock,
         host: Host<'_>,
@@ -123,6 +126,7 @@ impl Vm {
             chipset: Mutex::new(Chipset::new(clock, Ticks(0), chipset)),
             signals: Signals::default(),
             console,
+            control,
             clock,
             wall_clock: chipset
                 .wall_clock

@@ -7,6 +7,7 @@ use xtask::{build, paths};
 
 pub fn add(suite: &mut Suite) {
     suite.add("console::operator", operator);
+    suite.add("console::life_cycle", life_cycle);
 }
 
 const CONFIG: &str = r#"
@@ -91,5 +92,66 @@ fn operator(case: &mut Case) -> Result<()> {
     ] {
         case.check(what, seen.output.contains(text), &seen.output);
     }
+    Ok(())
+}
+
+const LIVES: &str = r#"
+[[vm]]
+name = "first"
+memory = "64M"
+kernel = "echo"
+
+[[vm]]
+name = "second"
+memory = "64M"
+kernel = "echo"
+cpus = [1]
+
+[[vm]]
+name = "again"
+memory = "64M"
+kernel = "reset"
+cpus = [2]
+on_reboot = "restart"
+"#;
+
+/// What is waited for, and what is typed then.
+const STEERED: [(&str, &str); 17] = [
+    ("echo: ready", "\x14p"),
+    // By its policy, each second.
+    ("vm again: reset, and is started again", ""),
+    ("vm again: started", "\r"),
+    ("vireo> ", "vm second pause\r"),
+    ("vireo> ", "vms\r"),
+    ("pausing", "vm second pause\r"),
+    ("second: it pauses already", "vm second resume\r"),
+    ("vireo> ", "vms\r"),
+    ("running", "vm second start\r"),
+    ("second: it has not ended", "vm second stop\r"),
+    ("vm second: stopped by the operator", "vm second pause\r"),
+    ("second: it does not run", "vm second start\r"),
+    ("vm second: started", "vm second reset\r"),
+    ("vm second: reset, and is started again", ""),
+    ("vm second: started", "vm second stop\r"),
+    ("vm second: stopped by the operator", "vm again stop\r"),
+    ("vm again: stopped by the operator", "vm first stop\r"),
+];
+
+/// Guests are paused, stopped, started and reset, and one that resets comes again.
+fn life_cycle(case: &mut Case) -> Result<()> {
+    let echo = paths::read(&build::guest("echo")?)?;
+    let reset = paths::read(&build::guest("reset")?)?;
+    let seen = case
+        .machine()
+        .volume(LIVES, &[("echo", &echo), ("reset", &reset)])?
+        .options(["--smp", "3"])
+        .input(Input::Typed(STEERED.to_vec()))
+        .limit(240)
+        .run()?;
+    case.check(
+        "the last one ends, and with it the machine",
+        seen.output.contains("vm first: stopped by the operator"),
+        format!("{:?}\n{}", seen.ending, seen.output),
+    );
     Ok(())
 }

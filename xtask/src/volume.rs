@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Component, Path};
 use vireo_handoff::Config;
-use vireo_handoff::config::{ApicMode, Statistics, Vm};
+use vireo_handoff::config::{ApicMode, Policy, Statistics, Vm};
 
 /// The configuration's name on the volume.
 const CONFIG: &str = "vireo.toml";
@@ -115,6 +115,8 @@ impl Volume {
             cmdline,
             apic: single.apic.unwrap_or_default(),
             statistics: single.statistics,
+            on_reboot: Policy::default(),
+            on_crash: Policy::default(),
         };
         let text = toml::to_string(&Config { vm: vec![vm] })?;
         let mut files = vec![entry("kernel", kernel.unwrap_or_default())];

@@ -38,6 +38,21 @@ pub struct Vm {
     pub apic: ApicMode,
     /// What is recorded about its VM exits.
     pub statistics: Statistics,
+    /// What follows when it resets its machine.
+    pub on_reboot: Policy,
+    /// What follows when it stops in any other way than by switching off.
+    pub on_crash: Policy,
+}
+
+/// What follows an end of a guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Policy {
+    /// Nothing.
+    #[default]
+    Stop,
+    /// It is started again, as it was first.
+    Restart,
 }
 
 /// What is recorded about the VM exits of a guest, by reason.
@@ -105,7 +120,7 @@ impl Config {
 
 #[cfg(feature = "toml")]
 mod read {
-    use super::{ApicMode, Config, Statistics, Vm};
+    use super::{ApicMode, Config, Policy, Statistics, Vm};
     use alloc::format;
     use alloc::string::{String, ToString};
     use alloc::vec::Vec;
@@ -179,6 +194,10 @@ mod read {
         apic: ApicMode,
         #[serde(default)]
         statistics: Statistics,
+        #[serde(default)]
+        on_reboot: Policy,
+        #[serde(default)]
+        on_crash: Policy,
     }
 
     fn one() -> Spanned<u32> {
@@ -286,6 +305,8 @@ mod read {
                     cmdline: vm.cmdline,
                     apic: vm.apic,
                     statistics: vm.statistics,
+                    on_reboot: vm.on_reboot,
+                    on_crash: vm.on_crash,
                 });
             }
             if config.vm.is_empty() {
@@ -363,6 +384,23 @@ mod read {
                 wrong.starts_with(
                     "vireo.toml:5:14: unknown variant `all`, expected `counts` or `times`"
                 ),
+                "{wrong}"
+            );
+        }
+
+        #[test]
+        fn what_follows_an_end() {
+            let parse = |lines| Config::parse("vireo.toml", &alloc::format!("{GOOD}{lines}\n"));
+            let vm = parse("").unwrap().vm.remove(0);
+            assert_eq!((vm.on_reboot, vm.on_crash), (Policy::Stop, Policy::Stop));
+            let vm = parse("on_reboot = \"restart\"\non_crash = \"stop\"")
+                .unwrap()
+                .vm
+                .remove(0);
+            assert_eq!((vm.on_reboot, vm.on_crash), (Policy::Restart, Policy::Stop));
+            let wrong = parse("on_crash = \"again\"").unwrap_err().to_string();
+            assert!(
+                wrong.starts_with("vireo.toml:5:12: unknown variant `again`"),
                 "{wrong}"
             );
         }

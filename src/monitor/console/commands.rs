@@ -18,6 +18,41 @@ pub trait Machine {
     fn ticks_per_second(&self) -> u64;
     /// The log's lines, as far as they are still there.
     fn log(&self) -> String;
+    /// Has the guest with this index do that.
+    ///
+    /// # Errors
+    /// Why not.
+    fn steer(&self, guest: usize, action: Action) -> Result<(), &'static str>;
+}
+
+/// What the operator has a guest do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// To be loaded and started, after it has ended.
+    Start,
+    /// To end, as if its plug was pulled.
+    Stop,
+    /// Not to execute, while its clocks go on.
+    Pause,
+    Resume,
+    /// To be started again from the beginning.
+    Reset,
+}
+
+impl Action {
+    const ALL: [(&'static str, Self); 5] = [
+        ("start", Self::Start),
+        ("stop", Self::Stop),
+        ("pause", Self::Pause),
+        ("resume", Self::Resume),
+        ("reset", Self::Reset),
+    ];
+
+    fn named(name: &str) -> Option<Self> {
+        let mut all = Self::ALL.into_iter();
+        all.find(|(other, _)| *other == name)
+            .map(|(_, action)| action)
+    }
 }
 
 /// A guest.
@@ -66,12 +101,18 @@ struct Command {
     run: Answer,
 }
 
-const COMMANDS: [Command; 6] = [
+const COMMANDS: [Command; 7] = [
     Command {
         name: "vms",
         arguments: "",
         help: "the guests, with the numbers of their consoles",
         run: |machine, _, out| Ok(guests(machine, out)?),
+    },
+    Command {
+        name: "vm",
+        arguments: "NAME start|stop|pause|resume|reset",
+        help: "steers a guest",
+        run: steer,
     },
     Command {
         name: "cpus",
@@ -110,6 +151,8 @@ enum Complaint {
     NoCommand(String),
     NoGuest(String),
     Arguments(&'static Command),
+    /// Of the guest with this name, which cannot do that.
+    Refused(String, &'static str),
     /// The text has no room.
     Cut,
 }
@@ -125,6 +168,7 @@ impl fmt::Display for Complaint {
         match self {
             Self::NoCommand(name) => write!(f, "there is no command {name}; help lists them"),
             Self::NoGuest(name) => write!(f, "there is no guest {name}; vms lists them"),
+            Self::Refused(name, reason) => write!(f, "{name}: {reason}"),
             Self::Arguments(Command {
                 name,
                 arguments: "",
@@ -304,6 +348,19 @@ fn statistics_json(guests: &[Guest], hz: u64, out: &mut Text) -> fmt::Result {
     writeln!(out, "]}}")
 }
 
+fn steer(machine: &dyn Machine, arguments: &[&str], _: &mut Text) -> Result<(), Complaint> {
+    let [name, action] = arguments else {
+        return Err(wrong_arguments("vm"));
+    };
+    let action = Action::named(action).ok_or_else(|| wrong_arguments("vm"))?;
+    let guests = machine.guests();
+    let index = guests.iter().position(|guest| guest.name == *name);
+    let index = index.ok_or_else(|| Complaint::NoGuest((*name).into()))?;
+    machine
+        .steer(index, action)
+        .map_err(|reason| Complaint::Refused((*name).into(), reason))
+}
+
 fn wrong_arguments(name: &str) -> Complaint {
     COMMANDS
         .iter()
@@ -363,6 +420,35 @@ mod tests {
 
         fn log(&self) -> String {
             "one\ntwo\n".into()
+        }
+
+        fn steer(&self, guest: usize, action: Action) -> Result<(), &'static str> {
+            match (guest, action) {
+                (0, Action::Start) => Err("it has not ended"),
+                (0, _) => Ok(()),
+                _ => Err("it does not run"),
+            }
+        }
+    }
+
+    #[test]
+    fn guests_are_steered() {
+        for line in [
+            "vm linux stop",
+            "vm linux pause",
+            "vm linux resume",
+            "vm linux reset",
+        ] {
+            assert!(lines(line).is_empty(), "{line}");
+        }
+        assert_eq!(lines("vm linux start"), ["linux: it has not ended"]);
+        assert_eq!(lines("vm b stop"), ["b: it does not run"]);
+        assert_eq!(lines("vm c stop"), ["there is no guest c; vms lists them"]);
+        for wrong in ["vm", "vm linux", "vm linux jump", "vm linux stop now"] {
+            assert_eq!(
+                lines(wrong),
+                ["vm is written vm NAME start|stop|pause|resume|reset"]
+            );
         }
     }
 

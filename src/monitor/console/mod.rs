@@ -21,7 +21,7 @@ use crate::vm::console::ConsolePort;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use commands::{Cpu, Guest, Machine, Memory, Prompt};
+use commands::{Action, Cpu, Guest, Machine, Memory, Prompt};
 use multiplexer::{Line, Multiplexer};
 use spin::{Mutex, Once};
 use vireo_handoff::BootInfo;
@@ -141,5 +141,10 @@ impl Machine for ThisMachine {
 
     fn log(&self) -> String {
         super::log::lines()
+    }
+
+    fn steer(&self, guest: usize, action: Action) -> Result<(), &'static str> {
+        let guests = registry::all();
+        guests.get(guest).ok_or("it is gone")?.steer(action)
     }
 }
