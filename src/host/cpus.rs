@@ -166,6 +166,8 @@ fn start_one(trampoline: &mut Trampoline, cpu: &'static Cpu) -> Result<&'static 
             };
         }
     }
+    // It must not come when the trampoline is gone: INIT has it wait for ever.
+    local_apic::send(Command::init(target));
     Err(Missing::NoAnswer)
 }
 
