@@ -226,7 +226,7 @@ impl Cpu {
 
     /// Has it leave its guest, or wake up.
     pub fn kick(&self) {
-        local_apic::send(Command::fixed(Target::Cpu(self.apic_id), interrupts::KICK));
+        local_apic::kick(self.apic_id);
     }
 
     /// Does what it is given, for ever.

@@ -298,6 +298,11 @@ pub fn send(command: Command) -> bool {
     }
 }
 
+/// Has the CPU with this identifier leave its guest, or wake up.
+pub fn kick(cpu: u32) {
+    send(Command::fixed(Target::Cpu(cpu), interrupts::KICK));
+}
+
 /// Makes all other CPUs take an NMI, which a dying machine's handler answers by halting.
 pub fn stop_others() {
     send(Command::nmi(Target::Others));

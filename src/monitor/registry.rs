@@ -9,8 +9,7 @@ use super::guests;
 use super::statistics::Exits;
 use crate::arch::cpu::without_interrupts;
 use crate::host::cpus::{self, Cpu};
-use crate::host::interrupts;
-use crate::host::local_apic::{self, Command, Target};
+use crate::host::local_apic;
 use crate::vcpu::{End, Vcpu};
 use crate::vm::console::ConsolePort;
 use crate::vm::control::{Control, Request};
@@ -130,15 +129,18 @@ impl Guest {
         Arc::clone(&self.control)
     }
 
-    /// Marks one that has ended as wanted; false where it has not ended.
-    pub fn want(&self) -> bool {
+    /// Whether it has ended, and nobody wants it again.
+    pub fn has_ended(&self) -> bool {
+        self.with(|life| matches!(life, Life::Ended { .. }))
+    }
+
+    /// Marks one that has ended as wanted.
+    pub fn want(&self) {
         self.with(|life| {
-            let ended = matches!(life, Life::Ended { .. });
-            if ended {
+            if matches!(life, Life::Ended { .. }) {
                 *life = Life::Wanted;
             }
-            ended
-        })
+        });
     }
 
     /// Whether it is wanted; whoever gets true is to start it.
@@ -207,8 +209,7 @@ impl Guest {
             Action::Resume if !pauses => return Err("it does not pause"),
             Action::Resume => self.control.withdraw(Request::PAUSE),
         }
-        let kick = Command::fixed(Target::Cpu(cpu), interrupts::KICK);
-        local_apic::send(kick);
+        local_apic::kick(cpu);
         Ok(())
     }
 

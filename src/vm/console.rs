@@ -17,9 +17,8 @@
 //! The locks are taken with interrupts off: the operator's line is served in an interrupt.
 
 use crate::host::console::Ring;
-use crate::host::{interrupts, local_apic};
+use crate::host::local_apic;
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use local_apic::{Command, Target};
 use spin::Mutex;
 
 /// Bytes of the scroll-back, those that are to be sent included.
@@ -197,7 +196,7 @@ impl ConsolePort {
         }
         let cpu = self.cpu.load(Ordering::Relaxed);
         if cpu != NOWHERE && cpu != local_apic::id() {
-            local_apic::send(Command::fixed(Target::Cpu(cpu), interrupts::KICK));
+            local_apic::kick(cpu);
         }
     }
 }

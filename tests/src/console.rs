@@ -95,18 +95,8 @@ fn operator(case: &mut Case) -> Result<()> {
     Ok(())
 }
 
-const LIVES: &str = r#"
-[[vm]]
-name = "first"
-memory = "64M"
-kernel = "echo"
-
-[[vm]]
-name = "second"
-memory = "64M"
-kernel = "echo"
-cpus = [1]
-
+/// Beside those of [`CONFIG`].
+const AGAIN: &str = r#"
 [[vm]]
 name = "again"
 memory = "64M"
@@ -143,7 +133,10 @@ fn life_cycle(case: &mut Case) -> Result<()> {
     let reset = paths::read(&build::guest("reset")?)?;
     let seen = case
         .machine()
-        .volume(LIVES, &[("echo", &echo), ("reset", &reset)])?
+        .volume(
+            &[CONFIG, AGAIN].concat(),
+            &[("echo", &echo), ("reset", &reset)],
+        )?
         .options(["--smp", "3"])
         .input(Input::Typed(STEERED.to_vec()))
         .limit(240)
