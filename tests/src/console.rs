@@ -3,11 +3,18 @@
 
 use crate::harness::{Case, Ending, Input, Suite};
 use anyhow::Result;
+use std::fs;
+use xtask::progress::Progress;
+use xtask::provision::Provisioner;
 use xtask::{build, paths};
 
 pub fn add(suite: &mut Suite) {
     suite.add("console::operator", operator);
     suite.add("console::life_cycle", life_cycle);
+    suite.add(
+        "console::command_in_one_of_several",
+        command_in_one_of_several,
+    );
 }
 
 const CONFIG: &str = r#"
@@ -145,6 +152,63 @@ fn life_cycle(case: &mut Case) -> Result<()> {
         "the last one ends, and with it the machine",
         seen.output.contains("vm first: stopped by the operator"),
         format!("{:?}\n{}", seen.ending, seen.output),
+    );
+    Ok(())
+}
+
+/// A Linux beside a guest that resets, and comes again, each second.
+const BESIDE: &str = r#"
+[[vm]]
+name = "again"
+memory = "32M"
+kernel = "reset"
+on_reboot = "restart"
+
+[[vm]]
+name = "linux"
+memory = "128M"
+kernel = "linux"
+cmdline = "quiet console=ttyS0 nokaslr mitigations=off no_timer_check"
+cpus = [1]
+"#;
+
+/// `--exec --vm`: the output is that guest's alone, and its end is the run's.
+fn command_in_one_of_several(case: &mut Case) -> Result<()> {
+    let progress = Progress::new();
+    let linux = Provisioner::new(&progress).default_guest()?.kernel;
+    let folder = case.folder().join("config");
+    fs::create_dir_all(&folder)?;
+    fs::write(folder.join("vireo.toml"), BESIDE)?;
+    fs::copy(linux, folder.join("linux"))?;
+    fs::copy(build::guest("reset")?, folder.join("reset"))?;
+    let config = folder.join("vireo.toml").display().to_string();
+    let machine = |case: &mut Case, vm: &str| {
+        let command = "seq 1 20000; exit 7";
+        let machine = case.machine().exec(command);
+        machine.options(["--config", &config, "--vm", vm])
+    };
+    let absent = machine(case, "absent").run()?;
+    let sentence = absent.ending.sentence();
+    case.check(
+        "a guest that is not there is refused",
+        sentence.contains("has no vm \"absent\": it has again, linux"),
+        sentence,
+    );
+    let seen = machine(case, "linux").run()?;
+    case.check_equal("the status", &seen.ending, &Ending::Status(7));
+    let lines: Vec<String> = (1..=20_000).map(|n| format!("{n}\n")).collect();
+    case.check(
+        "the output, and no more",
+        seen.output == lines.concat(),
+        &seen.output,
+    );
+    case.check(
+        "the other has ended meanwhile",
+        seen.console
+            .matches("vm again: reset, and is started again")
+            .count()
+            > 1,
+        &seen.console,
     );
     Ok(())
 }

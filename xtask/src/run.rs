@@ -7,7 +7,7 @@ use crate::progress::Progress;
 use crate::provision::Provisioner;
 use crate::session::{End, Limit, Report, Session, Streams, input_is_terminal};
 use crate::verdict::Verdict;
-use crate::volume::{Job, Single, Volume};
+use crate::volume::{Job, OneConsole, Single, Volume};
 use crate::{build, image, paths, symbols};
 use anyhow::{Context, Result, bail};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -64,6 +64,9 @@ pub struct Options {
     /// Run COMMAND in the guest's shell, print its output, power off, and exit with its status
     #[arg(long, value_name = "COMMAND")]
     exec: Option<String>,
+    /// The guest of --config whose shell runs the command or reads the input; else its first
+    #[arg(long, value_name = "NAME", requires = "config")]
+    vm: Option<String>,
     /// What the machine runs on; auto is QEMU where KVM offers VMX, else Bochs
     #[arg(long, value_enum, default_value_t = PlatformChoice::Auto)]
     platform: PlatformChoice,
@@ -173,6 +176,7 @@ pub fn run(options: &Options) -> Result<u8> {
         nonce: &nonce,
         command: options.exec.as_deref(),
         programs: &[],
+        vm: options.vm.as_deref(),
     };
     let disk = match &options.disk {
         Some(given) => Disk::Given(given),
@@ -202,6 +206,7 @@ pub fn run(options: &Options) -> Result<u8> {
         ..MachineConfig::new(&folder.path.join(DISK), &folder.path, disk.memory())
     };
     let fingerprint = disk.fingerprint();
+    let console = disk.console();
     system.write_disk(disk, &mut config)?;
     if let Some(bytes) = options.machine_memory {
         config.memory_mib = bytes.div_ceil(1 << 20);
@@ -215,6 +220,7 @@ pub fn run(options: &Options) -> Result<u8> {
         Streams::Job {
             nonce: &nonce,
             input: !input_is_terminal(),
+            console: console.as_ref(),
         }
     };
     let limit = match options.timeout {
@@ -280,6 +286,14 @@ impl Disk<'_> {
         match self {
             Self::Volume(volume) => volume.cpus(),
             Self::Given(_) => 1,
+        }
+    }
+
+    /// See [`Volume::console`].
+    fn console(&self) -> Option<OneConsole> {
+        match self {
+            Self::Volume(volume) => volume.console.clone(),
+            Self::Given(_) => None,
         }
     }
 

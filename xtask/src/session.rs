@@ -5,7 +5,8 @@ use crate::framing::{BLOCK, Event, Framer, input_line};
 use crate::machine::Machine;
 use crate::progress::Progress;
 use crate::terminal::{self, Keys, Raw};
-use crate::verdict::{Tail, Watcher};
+use crate::verdict::{Interjections, PREFIX, Tail, Watcher};
+use crate::volume::OneConsole;
 use anyhow::{Context, Result, anyhow, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGPIPE, SIGTERM};
@@ -26,6 +27,14 @@ const GATHER: Duration = Duration::from_millis(2);
 /// How long a machine may take to power off when its shell has ended.
 const POWER_OFF: Duration = Duration::from_secs(60);
 
+/// What the hypervisor's escape is: Ctrl-T.
+const ESCAPE: u8 = 0x14;
+
+/// How the hypervisor says whose console is shown: then its number and name.
+const CONSOLE_OF: &str = "vireo: console ";
+
+const TOO_EARLY: &str = "the guest has powered off before its command ended";
+
 /// How our standard streams are used.
 pub enum Streams<'a> {
     /// The terminal is the guest's console.
@@ -33,8 +42,23 @@ pub enum Streams<'a> {
     /// What the console says is copied to the output; there is no input.
     Console,
     /// The guest runs a job with this nonce, see [`crate::framing`]. The input
-    /// is passed on only where `input` says so.
-    Job { nonce: &'a str, input: bool },
+    /// is passed on only where `input` says so. Where there are several guests, `console` is that
+    /// one's.
+    Job {
+        nonce: &'a str,
+        input: bool,
+        console: Option<&'a OneConsole>,
+    },
+}
+
+impl<'a> Streams<'a> {
+    /// The console of the job's guest, where there are others.
+    const fn console(&self) -> Option<&'a OneConsole> {
+        match self {
+            Self::Job { console, .. } => *console,
+            Self::Terminal | Self::Console => None,
+        }
+    }
 }
 
 /// How a machine ended, as far as it is no error.
@@ -123,6 +147,9 @@ struct Loop<'s, 'w> {
     signals: [(i32, UnixStream); 3],
     framer: Option<Framer>,
     tail: Tail,
+    interjections: Interjections,
+    /// The job's guest is one of several, and its console is shown.
+    shown: bool,
     stage: usize,
     /// The hypervisor has spoken, and not only the firmware.
     spoken: bool,
@@ -153,6 +180,8 @@ impl<'s, 'w> Loop<'s, 'w> {
             Streams::Terminal | Streams::Console => None,
             Streams::Job { nonce, .. } => Some(Framer::new(nonce)),
         };
+        let others = session.streams.console().map(|console| &*console.others);
+        let interjections = Interjections::new(others.unwrap_or_default());
         let deadline = session.limit.deadline();
         session.progress.stage(STAGES[0]);
         let vireo = session.vireo;
@@ -162,6 +191,8 @@ impl<'s, 'w> Loop<'s, 'w> {
             signals: [signal(SIGINT)?, signal(SIGTERM)?, signal(SIGHUP)?],
             framer,
             tail: Tail::default(),
+            interjections,
+            shown: false,
             stage: 0,
             spoken: false,
             raw: None,
@@ -219,6 +250,9 @@ impl<'s, 'w> Loop<'s, 'w> {
                 }
                 if self.watcher.restarted {
                     return self.restarted();
+                }
+                if let Some(end) = self.guest_ended() {
+                    return end;
                 }
             }
             if ready.input && self.take_input()?.is_none() {
@@ -283,10 +317,11 @@ impl<'s, 'w> Loop<'s, 'w> {
             .write_all(bytes)
             .context("cannot write the console's log")?;
         if let Some(framer) = &mut self.framer {
-            let events = framer.push(bytes);
+            let events = framer.push(&self.interjections.push(bytes));
             if self.session.vireo {
                 let lines = self.watcher.push(bytes);
                 lines.iter().for_each(|line| self.show_stage(line));
+                lines.iter().try_for_each(|line| self.show_console(line))?;
             }
             return events.into_iter().try_for_each(|event| self.handle(event));
         }
@@ -297,6 +332,10 @@ impl<'s, 'w> Loop<'s, 'w> {
             let lines = self.watcher.push(piece);
             if self.spoken {
                 self.put(piece)?;
+                let owner = lines.iter().find_map(|line| line.strip_prefix(CONSOLE_OF));
+                if let (Some(raw), Some(owner)) = (&self.raw, owner) {
+                    raw.title(&format!("Vireo: {owner}"));
+                }
             } else if let Some(line) = lines.first() {
                 self.session.progress.clear();
                 self.open()?;
@@ -335,6 +374,18 @@ impl<'s, 'w> Loop<'s, 'w> {
                 let limit = Instant::now() + POWER_OFF;
                 self.deadline = Some(self.deadline.map_or(limit, |deadline| deadline.min(limit)));
             }
+        }
+        Ok(())
+    }
+
+    /// Has the console of the job's guest shown when that starts.
+    fn show_console(&mut self, line: &str) -> Result<()> {
+        let Some(OneConsole { vm, key, .. }) = self.session.streams.console() else {
+            return Ok(());
+        };
+        if !self.shown && line.starts_with(&format!("{PREFIX}vm {vm}: started")) {
+            self.shown = true;
+            self.send(&[ESCAPE, *key])?;
         }
         Ok(())
     }
@@ -416,14 +467,24 @@ impl<'s, 'w> Loop<'s, 'w> {
         match (&self.framer, self.status) {
             (_, Some(status)) => Ok(End::Status(status)),
             (None, None) if told => Ok(End::Status(0)),
-            _ if told => {
-                bail!("the guest has powered off before its command ended")
-            }
+            _ if told => bail!(TOO_EARLY),
             _ => bail!(
                 "the machine has ended without a word: its console is in {}",
                 self.session.log.display()
             ),
         }
+    }
+
+    /// The job's guest has ended, and others have not.
+    fn guest_ended(&self) -> Option<Result<End>> {
+        let vm = &self.session.streams.console()?.vm;
+        let mut verdicts = self.watcher.verdicts.iter();
+        let verdict = verdicts.find(|verdict| verdict.is_end_of(vm))?;
+        Some(match (self.status, verdict.failure()) {
+            (Some(status), _) => Ok(End::Status(status)),
+            (None, Some(sentence)) => Err(anyhow!(sentence)),
+            (None, None) => Err(anyhow!(TOO_EARLY)),
+        })
     }
 
     /// The loader has spoken again, and nobody has asked for that.

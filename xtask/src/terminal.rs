@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
-use std::io::{Stdin, stdin};
+use std::io::{Stdin, Write, stderr, stdin};
 
 /// What starts a command to us instead of going to the guest: Ctrl-].
 const ESCAPE: u8 = 0x1d;
@@ -17,6 +17,8 @@ pub const PROMPT_HINT: &str = "Vireo's own prompt: Ctrl-T then p; back to a gues
 pub struct Raw {
     before: Termios,
     input: Stdin,
+    /// The terminal has a title.
+    titled: bool,
 }
 
 impl Raw {
@@ -31,12 +33,40 @@ impl Raw {
         cfmakeraw(&mut raw);
         tcsetattr(&input, SetArg::TCSANOW, &raw)
             .context("cannot put the terminal into raw mode")?;
-        Ok(Self { before, input })
+        let name = std::env::var("TERM").unwrap_or_default();
+        let titled = !["", "dumb", "linux"].contains(&name.as_str());
+        if titled {
+            command("\x1b[22;0t");
+        }
+        Ok(Self {
+            before,
+            input,
+            titled,
+        })
     }
+}
+
+impl Raw {
+    /// Sets the terminal's title, where it has one, until this is dropped.
+    pub fn title(&self, title: &str) {
+        if self.titled {
+            let plain: String = title.chars().filter(|c| !c.is_control()).collect();
+            command(&format!("\x1b]0;{plain}\x07"));
+        }
+    }
+}
+
+/// A command to the terminal (ECMA-48, and xterm's for titles). One that is lost is no harm.
+fn command(sequence: &str) {
+    let mut terminal = stderr();
+    let _ = terminal.write_all(sequence.as_bytes());
 }
 
 impl Drop for Raw {
     fn drop(&mut self) {
+        if self.titled {
+            command("\x1b[23;0t");
+        }
         let _ = tcsetattr(&self.input, SetArg::TCSADRAIN, &self.before);
     }
 }

@@ -49,6 +49,15 @@ impl Verdict {
         }
     }
 
+    /// Whether it says that this guest has ended, or could not start.
+    pub fn is_end_of(&self, name: &str) -> bool {
+        match self {
+            Self::PoweredOff { vm } | Self::Reset { vm } | Self::Stopped { vm, .. } => vm == name,
+            Self::Error(sentence) => sentence.starts_with(&format!("vm {name}: ")),
+            Self::Panic(_) => false,
+        }
+    }
+
     /// The sentence for the user, where this is not the end that one hopes for.
     pub fn failure(&self) -> Option<String> {
         match self {
@@ -190,6 +199,58 @@ impl Tail {
     }
 }
 
+/// Keeps the hypervisor's lines about other guests from the console of one: they come
+/// wherever that one's output is, each whole, from [`PREFIX`] to the end of the line.
+#[derive(Default)]
+pub struct Interjections {
+    /// What such lines begin with.
+    starts: Vec<Vec<u8>>,
+    held: Vec<u8>,
+    within: bool,
+}
+
+impl Interjections {
+    /// For the console of a guest beside these `others`.
+    pub fn new(others: &[String]) -> Self {
+        let kinds = |vm: &String| {
+            ["", "error: "].map(|kind| format!("{PREFIX}{kind}vm {vm}: ").into_bytes())
+        };
+        Self {
+            starts: others.iter().flat_map(kinds).collect(),
+            ..Self::default()
+        }
+    }
+
+    /// Takes the next bytes and returns those that are the guest's.
+    pub fn push(&mut self, bytes: &[u8]) -> Vec<u8> {
+        if self.starts.is_empty() {
+            return bytes.to_vec();
+        }
+        let mut passed = Vec::new();
+        for &byte in bytes {
+            if self.within {
+                self.within = byte != b'\n';
+                continue;
+            }
+            self.held.push(byte);
+            while !self.held.is_empty() && !self.may_start() {
+                passed.push(self.held.remove(0));
+            }
+            if self.starts.contains(&self.held) {
+                self.held.clear();
+                self.within = true;
+            }
+        }
+        passed
+    }
+
+    fn may_start(&self) -> bool {
+        self.starts
+            .iter()
+            .any(|start| start.starts_with(&self.held))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -212,6 +273,23 @@ mod tests {
             );
             assert_eq!(guests.len() + tail.end().len(), text.len());
         }
+    }
+
+    #[test]
+    fn lines_about_others_are_no_output() {
+        let text =
+            b"onvireo: vm b: started, 64 MiB\r\ne vireo: vm a: vi\nvireo: error: vm b: no\r\nvireo";
+        for size in 1..text.len() {
+            let mut lines = Interjections::new(&["b".into(), "c".into()]);
+            let pieces = text.chunks(size);
+            let passed: Vec<u8> = pieces.flat_map(|piece| lines.push(piece)).collect();
+            assert_eq!(
+                String::from_utf8_lossy(&passed),
+                "one vireo: vm a: vi\n",
+                "in pieces of {size}"
+            );
+        }
+        assert_eq!(Interjections::new(&[]).push(b"vireo: vm"), b"vireo: vm");
     }
 
     #[test]

@@ -46,6 +46,19 @@ pub struct Job<'a> {
     pub command: Option<&'a str>,
     /// Programs for it, by name.
     pub programs: &'a [(&'a str, &'a [u8])],
+    /// The guest that does it, by name; else the configuration's first.
+    pub vm: Option<&'a str>,
+}
+
+/// One guest's console among those of several.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OneConsole {
+    /// The guest's name.
+    pub vm: String,
+    /// The key behind the hypervisor's escape that shows its console.
+    pub key: u8,
+    /// The other guests' names.
+    pub others: Vec<String>,
 }
 
 /// The configuration and its files.
@@ -54,6 +67,8 @@ pub struct Volume {
     /// The configuration as a file.
     text: String,
     files: Vec<Entry>,
+    /// The console of the guest that has the job, where there are several guests.
+    pub console: Option<OneConsole>,
     /// Stands for everything but the job that the boot of the only guest
     /// depends on; equal for equal guests.
     pub fingerprint: Option<u64>,
@@ -125,16 +140,17 @@ impl Volume {
             config: Config::parse(CONFIG, &text).map_err(|error| anyhow!("{}", error.reason()))?,
             text,
             files,
+            console: None,
             fingerprint: Some(fingerprint),
         })
     }
 
     /// The volume for a configuration file, whose paths are relative to its
-    /// folder. The first guest gets the job.
+    /// folder.
     ///
     /// # Errors
-    /// What the loader would say of the file, or when a file that it names
-    /// cannot be read.
+    /// What the loader would say of the file, when a file that it names cannot be read, or it has
+    /// no guest for the job.
     pub fn from_config(path: &Path, job: Option<&Job>, provisioner: &Provisioner) -> Result<Self> {
         let name = path.display();
         let mut text = String::from_utf8(paths::read(path)?)
@@ -157,7 +173,13 @@ impl Volume {
             fingerprint = Some(self::fingerprint(&(&text, read(&vm.kernel)?, initrd)));
         }
         let mut files = Vec::new();
-        if let (Some(job), Some(vm)) = (job, config.vm.first_mut()) {
+        let mut console = None;
+        if let Some(job) = job {
+            let index = job
+                .vm
+                .map_or(Ok(0), |wanted| index_of(&config, wanted, path))?;
+            console = OneConsole::new(&config, index)?;
+            let vm = config.vm.get_mut(index).context("there is no vm")?;
             let given = vm.initrd.as_ref().map(read).transpose()?;
             let initrd = with_job(job, given, false, provisioner)?;
             files.push(entry(WITH_JOB, initrd));
@@ -172,6 +194,7 @@ impl Volume {
             config,
             text,
             files,
+            console,
             fingerprint,
         })
     }
@@ -230,6 +253,41 @@ fn entry(name: &str, contents: Vec<u8>) -> Entry {
         path: format!("{FOLDER}/{name}"),
         contents,
     }
+}
+
+impl OneConsole {
+    /// Those of all guests but the one with this index are the others'; none where it is alone.
+    fn new(config: &Config, index: usize) -> Result<Option<Self>> {
+        let mut others: Vec<String> = config.vm.iter().map(|vm| vm.name.clone()).collect();
+        let vm = others.remove(index);
+        if others.is_empty() {
+            return Ok(None);
+        }
+        let key = u8::try_from(index + 1)
+            .ok()
+            .filter(|number| *number < 10)
+            .with_context(|| {
+                format!("the console of {vm} has no key: only the first nine vms' do")
+            })?;
+        Ok(Some(Self {
+            vm,
+            key: b'0' + key,
+            others,
+        }))
+    }
+}
+
+/// Where `config` has the guest `wanted`.
+fn index_of(config: &Config, wanted: &str, path: &Path) -> Result<usize> {
+    let position = config.vm.iter().position(|vm| vm.name == wanted);
+    position.with_context(|| {
+        let names: Vec<&str> = config.vm.iter().map(|vm| vm.name.as_str()).collect();
+        format!(
+            "{} has no vm \"{wanted}\": it has {}",
+            path.display(),
+            names.join(", ")
+        )
+    })
 }
 
 /// The initrd with the job's archive in front of it.

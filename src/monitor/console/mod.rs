@@ -60,6 +60,7 @@ pub fn add(name: String, port: Arc<ConsolePort>) -> usize {
 /// The guest with this index starts.
 pub fn started(index: usize) {
     with(|multiplexer| multiplexer.started(index));
+    console::attend();
 }
 
 /// The guest with this index has ended.

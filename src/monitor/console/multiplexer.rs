@@ -98,7 +98,8 @@ impl Multiplexer {
         self.guests.len() - 1
     }
 
-    /// Guest `index` starts. It gets the line from a guest that has ended.
+    /// Guest `index` starts. It gets the line from a guest that has ended, which is told where
+    /// there are several.
     pub fn started(&mut self, index: usize) {
         if let Some(guest) = self.guests.get_mut(index) {
             guest.runs = true;
@@ -108,7 +109,9 @@ impl Multiplexer {
             Focus::Prompt => false,
             Focus::Guest(other) => !self.guests[other].runs,
         };
-        if is_free {
+        if is_free && self.guests.len() > 1 {
+            self.switch(Focus::Guest(index));
+        } else if is_free {
             self.focus_on(Focus::Guest(index));
         }
     }

@@ -62,6 +62,7 @@ impl Boot<'_> {
                 Some(nonce) => Streams::Job {
                     nonce,
                     input: false,
+                    console: None,
                 },
                 None => Streams::Console,
             },

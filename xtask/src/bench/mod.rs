@@ -352,6 +352,7 @@ impl<'a> LinuxGuest<'a> {
 
     fn volume(&self, statistics: Statistics, provisioner: &Provisioner) -> Result<Volume> {
         let job = Job {
+            vm: None,
             nonce: &self.nonce,
             command: Some(Self::COMMAND),
             programs: &[(Self::COMMAND, &self.program)],

@@ -66,6 +66,8 @@ impl Desk {
     fn running(names: &[&str]) -> Self {
         let mut desk = Self::with(names);
         (0..names.len()).for_each(|index| desk.multiplexer.started(index));
+        desk.serve();
+        desk.shown();
         desk
     }
 
@@ -133,7 +135,11 @@ fn one_after_another_each_has_the_line() {
     desk.multiplexer.ended(0);
     desk.multiplexer.started(1);
     desk.send(1, b"two");
-    assert_eq!(desk.shown(), "one two");
+    let told = |number, name| format!("\r\nvireo: console {number}: {name}\r\n");
+    assert_eq!(
+        desk.shown(),
+        [told(1, "a"), "one ".into(), told(2, "b"), "two".into()].concat()
+    );
 }
 
 #[test]
