@@ -19,8 +19,10 @@ use super::pit::Pit;
 use super::pm::PowerManagement;
 use super::rtc::{MemorySize, Rtc};
 use super::system::SystemPorts;
+use super::test::TestDevice;
 use super::uart::{Output, Uart};
-use super::{Clock, Message, Ticks, Width, pc};
+use super::{Clock, Message, Ticks, Width, ioapic, pc};
+use crate::addr::Gpa;
 use interrupts::Interrupts;
 
 const PIC_MASTER_DATA: u16 = pc::PIC_MASTER + 1;
@@ -32,6 +34,9 @@ const COM1_LAST: u16 = pc::COM1 + 7;
 const SMI_STATUS: u16 = pc::SMI_COMMAND + 1;
 const PM_LAST: u16 = pc::PM_BASE + pc::PM_LENGTH - 1;
 const PCI_DATA_LAST: u16 = pc::PCI_DATA + 3;
+const DEBUG_EXIT_LAST: u16 = pc::DEBUG_EXIT + 3;
+const TEST_ECHO_LAST: u16 = pc::TEST_ECHO + 3;
+const TEST_LINES_LAST: u16 = pc::TEST_LINES + ioapic::PINS as u16 - 1;
 
 /// What differs from PC to PC.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,6 +49,8 @@ pub struct ChipsetConfig {
     pub ram_above_4g: u64,
     /// The I/O APIC's identifier at reset.
     pub io_apic_id: u8,
+    /// It has the device of [`super::test`].
+    pub test_device: bool,
 }
 
 /// What the result of an access to one byte-wide port is.
@@ -64,6 +71,7 @@ pub struct Chipset {
     i8042: I8042,
     system: SystemPorts,
     pci: ConfigPorts,
+    test: Option<TestDevice>,
     /// The earliest of its devices.
     deadline: Ticks,
     unclaimed: u64,
@@ -88,6 +96,7 @@ impl Chipset {
             i8042: I8042::default(),
             system: SystemPorts::default(),
             pci: ConfigPorts::default(),
+            test: config.test_device.then(TestDevice::default),
             deadline: Ticks(u64::MAX),
             unclaimed: 0,
         }
@@ -173,6 +182,10 @@ impl Chipset {
             (pc::PCI_DATA..=PCI_DATA_LAST, _) => {
                 claimed(self.pci.write_data((port - pc::PCI_DATA) as u8))
             }
+            (pc::DEBUG_EXIT..=DEBUG_EXIT_LAST, _) => Write::Asks(Request::Exit(value)),
+            (pc::TEST_UNMAP, Width::Dword) if self.test.is_some() => {
+                Write::Asks(Request::Unmap(Gpa(value.into())))
+            }
             _ => self.write_bytes(now, port, width, value),
         }
     }
@@ -187,6 +200,19 @@ impl Chipset {
     #[inline]
     pub fn io_apic_write(&mut self, offset: u64, width: Width, value: u64) {
         self.interrupts.write_io_apic(offset, width, value);
+    }
+
+    /// Reads memory of the guest's bus that a device here has.
+    pub fn memory_read(&self, gpa: Gpa, width: Width) -> u64 {
+        let test = self.test.as_ref().zip(test_memory(gpa));
+        test.map_or(width.mask(), |(test, offset)| test.read(offset, width))
+    }
+
+    /// Writes it.
+    pub fn memory_write(&mut self, gpa: Gpa, width: Width, value: u64) {
+        if let Some((test, offset)) = self.test.as_mut().zip(test_memory(gpa)) {
+            test.write(offset, width, value);
+        }
     }
 
     /// Brings every timed device up to `now` and its line to the interrupt controllers.
@@ -342,6 +368,9 @@ impl Chipset {
             pc::SMI_COMMAND => 0,
             SMI_STATUS => self.pm.smi_status(),
             pc::PM_BASE..=PM_LAST => self.read_pm(now, port, Width::Byte) as u8,
+            // By this a guest tells that it is there.
+            pc::DEBUG_CONSOLE => pc::DEBUG_CONSOLE as u8,
+            pc::TEST_ECHO..=TEST_ECHO_LAST => *self.test.as_mut()?.echo(port - pc::TEST_ECHO),
             _ => return None,
         })
     }
@@ -419,6 +448,13 @@ impl Chipset {
             pc::PM_BASE..=PM_LAST => {
                 return self.write_pm(now, port, Width::Byte, u32::from(value));
             }
+            pc::DEBUG_EXIT..=DEBUG_EXIT_LAST => Some(Request::Exit(value.into())),
+            pc::DEBUG_CONSOLE => Some(Request::Console {
+                taken: self.com1.print(value),
+            }),
+            pc::TEST_ECHO..=TEST_ECHO_LAST | pc::TEST_LINES..=TEST_LINES_LAST => {
+                return claimed(self.write_test(port, value));
+            }
             _ => return Write::Unclaimed,
         };
         request.map_or(Write::Done, Write::Asks)
@@ -472,6 +508,22 @@ impl Chipset {
         request.map_or(Write::Done, Write::Asks)
     }
 
+    /// Writes a port of the test device; false where there is none.
+    fn write_test(&mut self, port: u16, value: u8) -> bool {
+        let Some(test) = &mut self.test else {
+            return false;
+        };
+        let Some(number) = port.checked_sub(pc::TEST_LINES) else {
+            *test.echo(port - pc::TEST_ECHO) = value;
+            return true;
+        };
+        let number = number as u8;
+        if let Some(line) = test.drive(number, value != 0) {
+            self.interrupts.connect_any(number, line);
+        }
+        true
+    }
+
     fn wire_pit(&mut self) {
         self.interrupts
             .connect(pc::PIT_IRQ, pc::PIT_PIN, self.pit.line());
@@ -514,6 +566,12 @@ impl Chipset {
         .min()
         .unwrap_or(Ticks(u64::MAX));
     }
+}
+
+/// The offset of `gpa` in the test device's memory.
+fn test_memory(gpa: Gpa) -> Option<u64> {
+    let offset = gpa.0.checked_sub(pc::TEST_MEMORY)?;
+    (offset < pc::TEST_MEMORY_LENGTH).then_some(offset)
 }
 
 const fn claimed(taken: bool) -> Write {

@@ -21,11 +21,14 @@ pub mod pit;
 pub mod pm;
 pub mod rtc;
 pub mod system;
+pub mod test;
 pub mod uart;
 
 pub use clock::{Clock, Ticks};
 pub use line::Line;
 pub use message::{DeliveryMode, Destination, Message, Trigger};
+
+use crate::addr::Gpa;
 
 /// What a register write asks of whoever runs the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +37,13 @@ pub enum Request {
     PowerOff,
     /// A reset of the whole machine.
     Reset,
+    /// The end, with this code.
+    Exit(u32),
+    /// The guest's console has more to show. Where `taken` is false there was no room for
+    /// the byte: it is to be written again.
+    Console { taken: bool },
+    /// The page at this address is to be unmapped.
+    Unmap(Gpa),
 }
 
 /// How many bytes one access moves.

@@ -59,6 +59,22 @@ pub const RESET_CONTROL: u16 = 0xcf9;
 /// What to write to [`RESET_CONTROL`] for a full reset (the FADT's RESET_VALUE).
 pub const RESET_VALUE: u8 = 0x06;
 
+/// Four ports that end the machine, with the code that is written (QEMU's `isa-debug-exit`).
+pub const DEBUG_EXIT: u16 = 0xf4;
+/// What is written here is shown on the guest's console (Bochs's and QEMU's debug console).
+pub const DEBUG_CONSOLE: u16 = 0xe9;
+
+/// Four ports that read as they were last written ([`super::test`]).
+pub const TEST_ECHO: u16 = 0xe0;
+/// Unmaps the page whose address is written.
+pub const TEST_UNMAP: u16 = 0xe4;
+/// The first of the ports that drive interrupt lines.
+pub const TEST_LINES: u16 = 0x2000;
+/// Memory of which each access exits.
+pub const TEST_MEMORY: u64 = 0xff00_0000;
+/// Bytes of [`TEST_MEMORY`].
+pub const TEST_MEMORY_LENGTH: u64 = 0x1_0000;
+
 /// First port of the power-management block.
 pub const PM_BASE: u16 = 0x600;
 /// Ports in the power-management block.

@@ -149,6 +149,16 @@ impl Uart {
         Output { uart: self }
     }
 
+    /// Sends a byte past the registers; false when it has no room, and is to be offered again
+    /// later.
+    pub fn print(&mut self, byte: u8) -> bool {
+        let has_room = self.output.len() < OUTPUT_DEPTH;
+        if has_room {
+            self.output.push(byte);
+        }
+        has_room
+    }
+
     /// Whether the transmitter waits for its output to be fetched.
     #[inline]
     pub const fn output_waits(&self) -> bool {

@@ -331,6 +331,7 @@ impl Loaded {
             ram_below_4g: map.ram_below_4g(),
             ram_above_4g: map.ram_above_4g(),
             io_apic_id: config.vcpus as u8,
+            test_device: config.test_device,
         };
         let width = address_width();
         let vm = Vm::new(

@@ -159,7 +159,7 @@ impl Guest {
         match end {
             End::Reset if self.reset.swap(false, Ordering::Relaxed) => Policy::Restart,
             End::Reset => self.config.on_reboot,
-            End::PowerOff | End::Stopped => Policy::Stop,
+            End::PowerOff | End::Exit(_) | End::Stopped => Policy::Stop,
             _ => self.config.on_crash,
         }
     }

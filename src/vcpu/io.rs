@@ -3,7 +3,7 @@
 use super::events::Exception;
 use super::run::End;
 use super::{Attention, Vcpu};
-use crate::addr::Gva;
+use crate::addr::{Gpa, Gva};
 use crate::arch::registers::{GeneralRegisters, LightRegisters};
 use crate::devices::{Width, chipset::Request, pc};
 use crate::host::console;
@@ -33,8 +33,8 @@ impl Vcpu {
             } else {
                 registers.rax & !width.mask() | value & width.mask()
             };
-        } else {
-            self.port_out(access.port, width, registers.rax as u32);
+        } else if !self.port_out(access.port, width, registers.rax as u32) {
+            return Ok(());
         }
         self.skip_instruction();
         Ok(())
@@ -68,7 +68,9 @@ impl Vcpu {
             let mut value = [0; 4];
             let bytes = value.get_mut(..width.bytes() as usize).unwrap_or_default();
             self.read_linear(linear, bytes)?;
-            self.port_out(access.port, width, u32::from_le_bytes(value));
+            if !self.port_out(access.port, width, u32::from_le_bytes(value)) {
+                return Ok(());
+            }
         }
         let step = if self.vmcs.read(guest::RFLAGS) & RFLAGS_DF == 0 {
             width.bytes()
@@ -104,24 +106,50 @@ impl Vcpu {
         value
     }
 
+    /// False where the instruction is to be executed again.
     #[inline(always)]
-    pub(super) fn port_out(&mut self, port: u16, width: Width, value: u32) {
+    pub(super) fn port_out(&mut self, port: u16, width: Width, value: u32) -> bool {
         let now = self.now();
         let (request, is_full) = self.with_chipset(|chipset| {
             let request = chipset.port_write(now, port, width, value);
             (request, port == pc::COM1 && chipset.serial_output_waits())
         });
-        match request {
-            None => {}
-            Some(Request::PowerOff) => self.end(End::PowerOff),
-            Some(Request::Reset) => self.end(End::Reset),
+        if let Some(request) = request {
+            return self.obey_device(request);
         }
         if !(pc::COM1..pc::COM1 + 8).contains(&port) {
-            return;
+            return true;
         }
         let sent = port == pc::COM1 && (is_full || !self.vm.console.is_busy());
         if sent || self.vm.console.has_input() {
             self.attend_to(Attention::CONSOLE);
+        }
+        true
+    }
+
+    /// Does what a device asks for; false where its register is to be written again.
+    #[cold]
+    #[inline(never)]
+    fn obey_device(&mut self, request: Request) -> bool {
+        match request {
+            Request::PowerOff => self.end(End::PowerOff),
+            Request::Reset => self.end(End::Reset),
+            Request::Exit(code) => self.end(End::Exit(code)),
+            Request::Console { taken } => {
+                self.attend_to(Attention::CONSOLE);
+                return taken;
+            }
+            Request::Unmap(gpa) => self.unmap_page(gpa),
+        }
+        true
+    }
+
+    /// Has the next access to the page of `gpa` exit, where the guest has memory.
+    fn unmap_page(&mut self, gpa: Gpa) {
+        if let Err(error) = self.vm.unmap_page(gpa) {
+            self.end(End::Ept(error));
+        } else if self.forget_translations().is_err() {
+            self.end(End::Unsupported("dropping cached translations"));
         }
     }
 

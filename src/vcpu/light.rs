@@ -223,8 +223,9 @@ extern "C" fn input_byte(vcpu: &mut Vcpu, registers: &mut LightRegisters, port: 
 
 #[inline(never)]
 extern "C" fn output_byte(vcpu: &mut Vcpu, registers: &mut LightRegisters, port: u16) -> Verdict {
-    vcpu.port_out(port, Width::Byte, registers.rax as u32);
-    vcpu.skip_instruction();
+    if vcpu.port_out(port, Width::Byte, registers.rax as u32) {
+        vcpu.skip_instruction();
+    }
     vcpu.verdict()
 }
 

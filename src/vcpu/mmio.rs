@@ -255,7 +255,7 @@ impl Vcpu {
         match self.device_at(gpa) {
             Device::LocalApic => self.local_apic_read(offset, width),
             Device::IoApic => self.with_chipset(|chipset| chipset.io_apic_read(offset, width)),
-            Device::Nothing => width.mask(),
+            Device::Other => self.other_read(gpa, width),
         }
     }
 
@@ -267,8 +267,18 @@ impl Vcpu {
             Device::IoApic => {
                 self.with_chipset(|chipset| chipset.io_apic_write(offset, width, value));
             }
-            Device::Nothing => {}
+            Device::Other => self.other_write(gpa, width, value),
         }
+    }
+
+    #[cold]
+    fn other_read(&mut self, gpa: Gpa, width: Width) -> u64 {
+        self.with_chipset(|chipset| chipset.memory_read(gpa, width))
+    }
+
+    #[cold]
+    fn other_write(&mut self, gpa: Gpa, width: Width, value: u64) {
+        self.with_chipset(|chipset| chipset.memory_write(gpa, width, value));
     }
 
     #[inline(always)]
@@ -279,7 +289,7 @@ impl Vcpu {
         } else if page == pc::IO_APIC_BASE {
             Device::IoApic
         } else {
-            Device::Nothing
+            Device::Other
         }
     }
 
@@ -337,7 +347,8 @@ impl Vcpu {
 enum Device {
     LocalApic,
     IoApic,
-    Nothing,
+    /// Seldom there, or nobody.
+    Other,
 }
 
 /// The access of one instruction: the device at `gpa`, and the guest's memory.

@@ -26,6 +26,8 @@ use core::{fmt, mem};
 pub enum End {
     PowerOff,
     Reset,
+    /// By its own will, with this code ([`crate::devices::pc::DEBUG_EXIT`]).
+    Exit(u32),
     /// By the operator.
     Stopped,
     /// An exception that could not be delivered; `raised` if it was the hypervisor's.
@@ -66,6 +68,7 @@ impl fmt::Display for End {
         match self {
             Self::PowerOff => f.write_str("powered off"),
             Self::Reset => f.write_str("reset"),
+            Self::Exit(code) => write!(f, "ended with code {code}"),
             Self::Stopped => f.write_str("stopped by the operator"),
             Self::TripleFault { rip, raised } => {
                 write!(f, "stopped: triple fault at {rip}")?;
@@ -287,7 +290,7 @@ impl Vcpu {
     /// Reports what was wrong with the state when an entry failed.
     fn failed(&self, end: End) -> End {
         match end {
-            End::PowerOff | End::Reset | End::Stopped => {}
+            End::PowerOff | End::Reset | End::Exit(_) | End::Stopped => {}
             End::EntryFailure { .. } | End::EntryRefused(_) => {
                 for violation in check::check(&Fields(&self.vmcs), &self.check_capabilities()) {
                     log::error!("vm {}: {violation}", self.vm.name);

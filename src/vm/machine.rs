@@ -217,6 +217,19 @@ impl Vm {
         .map_err(Unmapped::Ept)
     }
 
+    /// Takes away the mapping of the page of `gpa` where there is memory, as if nobody had
+    /// touched it. The caller drops what its CPU has cached; what others have is still true.
+    ///
+    /// # Errors
+    /// When no frame is left for a table.
+    pub fn unmap_page(&self, gpa: Gpa) -> Result<(), EptError> {
+        if self.memory.slots().find(gpa).is_none() {
+            return Ok(());
+        }
+        let mut ept = self.ept.lock();
+        ept.unmap(gpa.align_down(PAGE_SIZE), PAGE_SIZE).map(|_| ())
+    }
+
     /// Does the same where no table is missing: what most EPT violations need. False, and
     /// nothing done, where more is to be done or it is an error.
     #[inline(never)]

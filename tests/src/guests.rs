@@ -62,6 +62,7 @@ pub fn add(suite: &mut Suite) {
         )
     });
     suite.add("guests::reset", reset);
+    suite.add("guests::test_device", test_device);
     suite.add("guests::spin", spin);
 }
 
@@ -269,6 +270,47 @@ fn reset(case: &mut Case) -> Result<()> {
         seen.ending.sentence(),
         "the guest reset has reset its machine",
     );
+    Ok(())
+}
+
+/// A guest whose end has a code, which is the exit status as QEMU would have it.
+fn test_device(case: &mut Case) -> Result<()> {
+    let kernel = paths::read(&build::guest("test_device")?)?;
+    let config = format!("{}test_device = true\n", entry("test", "kernel"));
+    let seen = case
+        .machine()
+        .volume(&config, &[("kernel", &kernel)])?
+        .limit(120)
+        .run()?;
+    let failed = seen
+        .console
+        .lines()
+        .find(|line| line.contains(": failed: "));
+    case.check(
+        "no check fails",
+        failed.is_none(),
+        failed.unwrap_or_default(),
+    );
+    let passed = seen
+        .console
+        .lines()
+        .filter(|line| line.trim_end().ends_with(": ok"))
+        .count();
+    case.check_equal("all checks pass", passed, 14);
+    let flood: String = (0..12_000u32)
+        .map(|number| char::from(b'a' + (number % 26) as u8))
+        .collect();
+    case.check(
+        "the debug console loses nothing",
+        seen.console.contains(&format!("flood {flood}\n")),
+        &seen.console,
+    );
+    case.check(
+        "the hypervisor names the code",
+        said(&seen, "vireo: vm test: ended with code 33"),
+        &seen.console,
+    );
+    case.check_equal("the exit status", seen.ending, Ending::Status(0x43));
     Ok(())
 }
 

@@ -142,9 +142,19 @@ fn efi_application(program: &Program, env: &[(&str, &Path)], file: &str) -> Resu
 }
 
 /// The small guests: the programs in `tests/guests`.
-pub const GUESTS: [&str; 11] = [
-    "pc", "triple", "vmxon", "unmapped", "hang", "spin", "reset", "bench", "delivery", "fpu_mmio",
+pub const GUESTS: [&str; 12] = [
+    "pc",
+    "triple",
+    "vmxon",
+    "unmapped",
+    "hang",
+    "spin",
+    "reset",
+    "bench",
+    "delivery",
+    "fpu_mmio",
     "echo",
+    "test_device",
 ];
 
 /// Builds the small guest `name`, one of the programs in `tests/guests`.

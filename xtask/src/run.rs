@@ -28,7 +28,7 @@ pub(crate) const DISK: &str = "disk.img";
 #[derive(Args, Debug, Default)]
 pub struct GuestOptions {
     /// The configuration file; the files that it names stand below its folder
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "vcpus", "apic", "statistics"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "vcpus", "apic", "statistics", "test_device"])]
     pub config: Option<PathBuf>,
     /// The guest's kernel, instead of Debian's
     #[arg(long, value_name = "FILE")]
@@ -51,6 +51,9 @@ pub struct GuestOptions {
     /// Record how long the guest's exits take, and show a table of them at its end
     #[arg(long)]
     pub statistics: bool,
+    /// Give the guest the device that test suites expect
+    #[arg(long)]
+    pub test_device: bool,
 }
 
 /// `cargo xtask run`
@@ -59,7 +62,7 @@ pub struct Options {
     #[command(flatten)]
     guest: GuestOptions,
     /// Boot this disk image, as `image` makes them, instead of making one
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["config", "kernel", "initrd", "cmdline", "memory", "vcpus", "apic", "statistics", "exec"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["config", "kernel", "initrd", "cmdline", "memory", "vcpus", "apic", "statistics", "test_device", "exec"])]
     disk: Option<PathBuf>,
     /// Run COMMAND in the guest's shell, print its output, power off, and exit with its status
     #[arg(long, value_name = "COMMAND")]
@@ -149,6 +152,7 @@ impl GuestOptions {
             memory: self.memory,
             vcpus: self.vcpus,
             apic: self.apic,
+            test_device: self.test_device,
             statistics: if self.statistics {
                 Statistics::Times
             } else {

@@ -463,6 +463,9 @@ impl<'s, 'w> Loop<'s, 'w> {
         if let Some(sentence) = self.watcher.failure() {
             return Err(anyhow!(sentence));
         }
+        if let Some(status) = self.watcher.exit_status() {
+            return Ok(End::Status(status.into()));
+        }
         let told = !self.session.vireo || !self.watcher.verdicts.is_empty();
         match (&self.framer, self.status) {
             (_, Some(status)) => Ok(End::Status(status)),

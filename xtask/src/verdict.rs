@@ -9,6 +9,9 @@ use crate::figures::Memory;
 /// The start of every line of the hypervisor and its loader.
 pub const PREFIX: &str = "vireo: ";
 
+/// What it says of a guest before the code that it has ended with.
+const EXITED: &str = "ended with code ";
+
 /// The longest line that is looked at, in bytes; the rest of it is ignored.
 const LONGEST: usize = 4096;
 
@@ -19,6 +22,8 @@ pub enum Verdict {
     PoweredOff { vm: String },
     /// The guest has asked for a reset, which ends it.
     Reset { vm: String },
+    /// The guest has ended its machine with a code (port 0xf4).
+    Exited { vm: String, code: u32 },
     /// The hypervisor has stopped the guest.
     Stopped { vm: String, reason: String },
     /// The loader or the hypervisor cannot go on: one sentence.
@@ -42,6 +47,10 @@ impl Verdict {
         match what {
             "powered off" => Some(Self::PoweredOff { vm }),
             "reset" => Some(Self::Reset { vm }),
+            _ if what.starts_with(EXITED) => Some(Self::Exited {
+                vm,
+                code: what.strip_prefix(EXITED)?.parse().ok()?,
+            }),
             _ => Some(Self::Stopped {
                 vm,
                 reason: what.strip_prefix("stopped: ")?.into(),
@@ -61,7 +70,7 @@ impl Verdict {
     /// The sentence for the user, where this is not the end that one hopes for.
     pub fn failure(&self) -> Option<String> {
         match self {
-            Self::PoweredOff { .. } => None,
+            Self::PoweredOff { .. } | Self::Exited { .. } => None,
             Self::Reset { vm } => Some(format!("the guest {vm} has reset its machine")),
             Self::Stopped { vm, reason } => Some(format!("the guest {vm} was stopped: {reason}")),
             Self::Error(sentence) => Some(sentence.clone()),
@@ -141,6 +150,15 @@ impl Watcher {
         if self.within_exits {
             self.exits.push(text.to_owned());
         }
+    }
+
+    /// The exit status that the first guest which has ended with a code asks for: that of
+    /// QEMU with its device `isa-debug-exit`, which is odd.
+    pub fn exit_status(&self) -> Option<u8> {
+        self.verdicts.iter().find_map(|verdict| match verdict {
+            Verdict::Exited { code, .. } => Some((code << 1) as u8 | 1),
+            _ => None,
+        })
     }
 
     /// The worst thing that was said: a panic before an error, an error before
@@ -306,7 +324,7 @@ mod tests {
         assert_eq!(
             Verdict::parse("vireo: vm guest: stopped: triple fault at 0x1000"),
             Some(Verdict::Stopped {
-                vm,
+                vm: vm.clone(),
                 reason: "triple fault at 0x1000".into()
             })
         );
@@ -314,6 +332,12 @@ mod tests {
             Verdict::parse("vireo: error: no VT-x"),
             Some(Verdict::Error("no VT-x".into()))
         );
+        let code = 0x8765_4321;
+        assert_eq!(
+            Verdict::parse("vireo: vm guest: ended with code 2271560481\r"),
+            Some(Verdict::Exited { vm, code })
+        );
+        assert_eq!(Verdict::parse("vireo: vm guest: ended with code x"), None);
         assert_eq!(Verdict::parse("vireo: vm guest: 2 vCPUs"), None);
         assert_eq!(Verdict::parse("error: no VT-x"), None);
     }
@@ -335,6 +359,19 @@ mod tests {
             watcher.failure(),
             Some("the hypervisor has panicked: here".into())
         );
+    }
+
+    #[test]
+    fn a_code_makes_an_odd_exit_status() {
+        for (code, status) in [(0, 1), (1, 3), (0x10, 0x21), (0x87, 0x0f)] {
+            let mut watcher = Watcher::default();
+            watcher.push(format!("vireo: vm a: ended with code {code}\r\n").as_bytes());
+            assert_eq!(
+                (watcher.exit_status(), watcher.failure()),
+                (Some(status), None)
+            );
+        }
+        assert_eq!(Watcher::default().exit_status(), None);
     }
 
     #[test]

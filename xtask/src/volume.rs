@@ -36,6 +36,8 @@ pub struct Single<'a> {
     pub apic: Option<ApicMode>,
     /// What is recorded about its exits.
     pub statistics: Statistics,
+    /// Whether it has the device that test suites expect.
+    pub test_device: bool,
 }
 
 /// What a guest's shell is to do instead of taking the terminal.
@@ -130,6 +132,7 @@ impl Volume {
             cmdline,
             apic: single.apic.unwrap_or_default(),
             statistics: single.statistics,
+            test_device: single.test_device,
             on_reboot: Policy::default(),
             on_crash: Policy::default(),
         };

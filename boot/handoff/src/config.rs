@@ -38,6 +38,8 @@ pub struct Vm {
     pub apic: ApicMode,
     /// What is recorded about its VM exits.
     pub statistics: Statistics,
+    /// It has the device that test suites expect.
+    pub test_device: bool,
     /// What follows when it resets its machine.
     pub on_reboot: Policy,
     /// What follows when it stops in any other way than by switching off.
@@ -195,6 +197,8 @@ mod read {
         #[serde(default)]
         statistics: Statistics,
         #[serde(default)]
+        test_device: bool,
+        #[serde(default)]
         on_reboot: Policy,
         #[serde(default)]
         on_crash: Policy,
@@ -305,6 +309,7 @@ mod read {
                     cmdline: vm.cmdline,
                     apic: vm.apic,
                     statistics: vm.statistics,
+                    test_device: vm.test_device,
                     on_reboot: vm.on_reboot,
                     on_crash: vm.on_crash,
                 });

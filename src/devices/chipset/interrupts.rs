@@ -44,6 +44,19 @@ impl Interrupts {
         self.forward_intr();
     }
 
+    /// Brings `line` to where interrupt `number` goes on the bus: up to 15 to both, from there
+    /// on to the I/O APIC alone.
+    pub fn connect_any(&mut self, number: u8, line: &mut Line) {
+        match number {
+            pc::PIT_IRQ => self.connect(pc::PIT_IRQ, pc::PIT_PIN, line),
+            1..16 => self.connect(number, number, line),
+            _ => {
+                let rose = line.take_edge();
+                self.io_apic.set_line(number, line.level(), rose);
+            }
+        }
+    }
+
     /// Reads a port of the 8259s.
     #[inline]
     pub fn read_pic(&mut self, port: u16) -> Option<u8> {

@@ -14,6 +14,7 @@ fn chipset() -> Chipset {
             ram_below_4g: 1 << 30,
             ram_above_4g: 0,
             io_apic_id: 1,
+            test_device: true,
         },
     )
 }
@@ -227,10 +228,84 @@ fn channel_2_is_seen_in_port_0x61() {
     assert!((now.0 - NOW.0).abs_diff(HZ / 100) < 3000);
 }
 
-const PORTS: [u16; 20] = [
+const PORTS: [u16; 24] = [
     0x20, 0x21, 0xa0, 0x40, 0x42, 0x43, 0x60, 0x61, 0x64, 0x70, 0x71, 0x92, 0x3f8, 0x3f9, 0x3fa,
-    0x3fb, 0x3fc, 0x600, 0x602, 0xcf8,
+    0x3fb, 0x3fc, 0x600, 0x602, 0xcf8, 0xe0, 0xe9, 0xf4, 0x200e,
 ];
+
+#[test]
+fn the_end_has_a_code_of_any_width() {
+    let mut chipset = chipset();
+    for (width, code) in [
+        (Width::Byte, 0x21),
+        (Width::Word, 0x4321),
+        (Width::Dword, 0x8765_4321),
+    ] {
+        let request = chipset.port_write(NOW, 0xf4, width, code);
+        assert_eq!(request, Some(Request::Exit(code)));
+    }
+}
+
+#[test]
+fn the_debug_console_shows_all_or_says_that_it_is_full() {
+    let mut chipset = chipset();
+    assert_eq!(chipset.port_read(NOW, 0xe9, Width::Byte), 0xe9);
+    let mut sent = 0;
+    let print = |chipset: &mut Chipset| {
+        chipset.port_write(NOW, 0xe9, Width::Byte, u32::from(b'x'))
+            == Some(Request::Console { taken: true })
+    };
+    while print(&mut chipset) {
+        sent += 1;
+    }
+    assert!(!print(&mut chipset));
+    assert_eq!(chipset.serial_output(|output| output.count()), sent);
+    assert!(print(&mut chipset));
+}
+
+#[test]
+fn the_test_device_drives_lines_and_remembers() {
+    let mut chipset = chipset();
+    write(&mut chipset, NOW, &PICS);
+    redirect(&mut chipset, 14, 0x51);
+    redirect(&mut chipset, 20, 0x52);
+    write(&mut chipset, NOW, &[(0x200e, 1)]);
+    assert!(chipset.intr());
+    assert_eq!(
+        chipset.take_message().map(|message| message.vector),
+        Some(0x51)
+    );
+    write(&mut chipset, NOW, &[(0x200e, 0), (0x2014, 1)]);
+    assert_eq!(
+        chipset.take_message().map(|message| message.vector),
+        Some(0x52)
+    );
+    assert_eq!(
+        chipset.port_write(NOW, 0xe0, Width::Dword, 0x1234_5678),
+        None
+    );
+    assert_eq!(chipset.port_write(NOW, 0xe0, Width::Word, 0xabcd), None);
+    assert_eq!(chipset.port_read(NOW, 0xe0, Width::Dword), 0x1234_abcd);
+    assert_eq!(chipset.port_read(NOW, 0xe2, Width::Byte), 0x34);
+    assert_eq!(
+        chipset.port_write(NOW, 0xe4, Width::Dword, 0x12_3000),
+        Some(Request::Unmap(Gpa(0x12_3000)))
+    );
+    chipset.memory_write(Gpa(0xff00_fffe), Width::Word, 0x1234);
+    assert_eq!(chipset.memory_read(Gpa(0xff00_ffff), Width::Byte), 0x12);
+    assert_eq!(chipset.memory_read(Gpa(0xff01_0000), Width::Byte), 0xff);
+}
+
+#[test]
+fn without_the_test_device_nobody_is_there() {
+    let mut chipset = Chipset::new(Clock::new(HZ), NOW, &ChipsetConfig::default());
+    write(&mut chipset, NOW, &PICS);
+    write(&mut chipset, NOW, &[(0x200e, 1), (0xe0, 0)]);
+    assert!(!chipset.intr());
+    assert_eq!(chipset.port_write(NOW, 0xe4, Width::Dword, 0), None);
+    assert_eq!(chipset.port_read(NOW, 0xe0, Width::Byte), 0xff);
+    assert_eq!(chipset.memory_read(Gpa(0xff00_0000), Width::Byte), 0xff);
+}
 
 proptest! {
     #[test]
