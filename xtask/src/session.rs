@@ -463,11 +463,9 @@ impl<'s, 'w> Loop<'s, 'w> {
         if let Some(sentence) = self.watcher.failure() {
             return Err(anyhow!(sentence));
         }
-        if let Some(status) = self.watcher.exit_status() {
-            return Ok(End::Status(status.into()));
-        }
+        let status = self.status.or(self.watcher.exit_status().map(i32::from));
         let told = !self.session.vireo || !self.watcher.verdicts.is_empty();
-        match (&self.framer, self.status) {
+        match (&self.framer, status) {
             (_, Some(status)) => Ok(End::Status(status)),
             (None, None) if told => Ok(End::Status(0)),
             _ if told => bail!(TOO_EARLY),

@@ -61,7 +61,10 @@ impl Verdict {
     /// Whether it says that this guest has ended, or could not start.
     pub fn is_end_of(&self, name: &str) -> bool {
         match self {
-            Self::PoweredOff { vm } | Self::Reset { vm } | Self::Stopped { vm, .. } => vm == name,
+            Self::PoweredOff { vm }
+            | Self::Exited { vm, .. }
+            | Self::Reset { vm }
+            | Self::Stopped { vm, .. } => vm == name,
             Self::Error(sentence) => sentence.starts_with(&format!("vm {name}: ")),
             Self::Panic(_) => false,
         }
