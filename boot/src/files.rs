@@ -101,14 +101,18 @@ impl Volume {
     pub fn files(&mut self, config: &Config) -> Result<Vec<File>, String> {
         let mut files = Vec::new();
         for name in config.files() {
-            let users: Vec<&Vm> = config.vm.iter().filter(|vm| uses(vm, name)).collect();
+            let users: Vec<&Vm> = config
+                .vm
+                .iter()
+                .filter(|vm| vm.files().any(|file| file == name))
+                .collect();
             let data = self.read(name, |size| room(name, size, &users))?;
             say(format_args!(
                 "loader: {name}, {} KiB",
                 data.len().div_ceil(1024)
             ));
-            if config.vm.iter().any(|vm| vm.kernel == name) {
-                image::check(data).map_err(|error| format!("{name}: {error}"))?;
+            for vm in config.vm.iter().filter(|vm| vm.kernel == name) {
+                image::check(data, vm.protocol).map_err(|error| format!("{name}: {error}"))?;
             }
             files.push(File {
                 name: name.to_string(),
@@ -118,10 +122,6 @@ impl Volume {
         }
         Ok(files)
     }
-}
-
-fn uses(vm: &Vm, name: &str) -> bool {
-    vm.kernel == name || vm.initrd.as_deref() == Some(name)
 }
 
 /// Whole pages for a file of the guests `users`.

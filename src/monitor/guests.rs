@@ -13,7 +13,7 @@ use crate::host::memory::frames::{ALIGN_2M, FrameRange};
 use crate::host::time;
 use crate::vcpu::{End, SetupError, Vcpu};
 use crate::vm::acpi;
-use crate::vm::boot::{self, BootError, EntryState};
+use crate::vm::boot::{self, BootError, EntryState, Images, Machine, Module, multiboot};
 use crate::vm::machine::{Host, Vm};
 use crate::vm::memory::{GuestMemory, OutOfSlot};
 use crate::vm::memory_map::MemoryMap;
@@ -306,8 +306,30 @@ impl Loaded {
             Some(name) => Some(file(boot_info, name)?),
             None => None,
         };
-        let entry = boot::load(kernel, initrd, &config.cmdline, &memory, &map, rsdp)
-            .map_err(StartError::Boot)?;
+        let modules: Result<Vec<Module>, StartError> = config
+            .modules
+            .iter()
+            .map(|module| {
+                Ok(Module {
+                    bytes: file(boot_info, &module.file)?,
+                    cmdline: multiboot::with_name(&module.file, &module.cmdline),
+                })
+            })
+            .collect();
+        let images = Images {
+            kernel,
+            name: &config.kernel,
+            initrd,
+            modules: modules?,
+            cmdline: &config.cmdline,
+            protocol: config.protocol,
+        };
+        let machine = Machine {
+            memory: &memory,
+            map: &map,
+            rsdp,
+        };
+        let entry = boot::load(&images, &machine).map_err(StartError::Boot)?;
         Ok(Self {
             config,
             memory,

@@ -334,6 +334,7 @@ impl Vcpu {
 /// The general registers at entry.
 pub fn entry_registers(entry: &EntryState) -> GeneralRegisters {
     GeneralRegisters {
+        rax: entry.rax,
         rsi: entry.rsi,
         rbx: entry.rbx,
         ..GeneralRegisters::default()

@@ -17,6 +17,7 @@ mod harness;
 mod images;
 mod linux;
 mod nested;
+mod protocols;
 mod refusals;
 mod unusable;
 
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
     guests::add(&mut suite);
     linux::add(&mut suite);
     nested::add(&mut suite);
+    protocols::add(&mut suite);
     refusals::add(&mut suite);
     unusable::add(&mut suite);
     match suite.run() {

@@ -142,7 +142,7 @@ fn efi_application(program: &Program, env: &[(&str, &Path)], file: &str) -> Resu
 }
 
 /// The small guests: the programs in `tests/guests`.
-pub const GUESTS: [&str; 12] = [
+pub const GUESTS: [&str; 13] = [
     "pc",
     "triple",
     "vmxon",
@@ -155,6 +155,7 @@ pub const GUESTS: [&str; 12] = [
     "fpu_mmio",
     "echo",
     "test_device",
+    "multiboot",
 ];
 
 /// Builds the small guest `name`, one of the programs in `tests/guests`.

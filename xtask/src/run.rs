@@ -16,7 +16,7 @@ use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use vireo_handoff::config::{ApicMode, Statistics, parse_size};
+use vireo_handoff::config::{ApicMode, Protocol, Statistics, parse_size};
 
 /// How long a machine may be silent where nobody is there to notice it.
 const UNATTENDED: Duration = Duration::from_secs(600);
@@ -28,11 +28,20 @@ pub(crate) const DISK: &str = "disk.img";
 #[derive(Args, Debug, Default)]
 pub struct GuestOptions {
     /// The configuration file; the files that it names stand below its folder
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "vcpus", "apic", "statistics", "test_device"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["image", "modules", "initrd", "cmdline", "memory", "vcpus", "apic", "statistics", "test_device"])]
     pub config: Option<PathBuf>,
-    /// The guest's kernel, instead of Debian's
-    #[arg(long, value_name = "FILE")]
+    /// The guest's kernel, instead of Debian's; how it is started is seen from the file
+    #[arg(long, value_name = "FILE", group = "image")]
     pub kernel: Option<PathBuf>,
+    /// A kernel to start by multiboot
+    #[arg(long, value_name = "FILE", group = "image")]
+    pub multiboot: Option<PathBuf>,
+    /// A kernel to start by PVH
+    #[arg(long, value_name = "FILE", group = "image")]
+    pub pvh: Option<PathBuf>,
+    /// A file for a kernel that is started by multiboot or PVH, and what it is told about it
+    #[arg(long = "module", value_name = "FILE[=CMDLINE]", value_parser = module)]
+    pub modules: Vec<(PathBuf, String)>,
     /// The guest's initial RAM disk
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
@@ -62,7 +71,7 @@ pub struct Options {
     #[command(flatten)]
     guest: GuestOptions,
     /// Boot this disk image, as `image` makes them, instead of making one
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["config", "kernel", "initrd", "cmdline", "memory", "vcpus", "apic", "statistics", "test_device", "exec"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["config", "image", "modules", "initrd", "cmdline", "memory", "vcpus", "apic", "statistics", "test_device", "exec"])]
     disk: Option<PathBuf>,
     /// Run COMMAND in the guest's shell, print its output, power off, and exit with its status
     #[arg(long, value_name = "COMMAND")]
@@ -145,8 +154,15 @@ impl GuestOptions {
         if let Some(config) = &self.config {
             return Volume::from_config(config, job, provisioner);
         }
+        let (kernel, protocol) = match (&self.kernel, &self.multiboot, &self.pvh) {
+            (_, Some(file), _) => (Some(file), Protocol::Multiboot),
+            (_, _, Some(file)) => (Some(file), Protocol::Pvh),
+            (kernel, ..) => (kernel.as_ref(), Protocol::Auto),
+        };
         let single = Single {
-            kernel: self.kernel.as_deref(),
+            kernel: kernel.map(PathBuf::as_path),
+            protocol,
+            modules: &self.modules,
             initrd: self.initrd.as_deref(),
             cmdline: self.cmdline.as_deref(),
             memory: self.memory,
@@ -211,6 +227,7 @@ pub fn run(options: &Options) -> Result<u8> {
     };
     let fingerprint = disk.fingerprint();
     let console = disk.console();
+    let has_job = matches!(&disk, Disk::Volume(volume) if volume.has_job);
     system.write_disk(disk, &mut config)?;
     if let Some(bytes) = options.machine_memory {
         config.memory_mib = bytes.div_ceil(1 << 20);
@@ -218,7 +235,7 @@ pub fn run(options: &Options) -> Result<u8> {
     let machine = power_on(platform.as_ref(), &config, &progress)?;
     let streams = if terminal {
         Streams::Terminal
-    } else if options.disk.is_some() {
+    } else if !has_job {
         Streams::Console
     } else {
         Streams::Job {
@@ -460,6 +477,14 @@ impl RunFolder {
 
 fn size(text: &str) -> Result<u64, String> {
     parse_size(text).ok_or_else(|| "expected a size such as 256M or 1G".into())
+}
+
+/// `FILE[=CMDLINE]`; a name with = in it is taken as a whole where there is such a file.
+fn module(text: &str) -> Result<(PathBuf, String), String> {
+    match text.split_once('=') {
+        Some((file, cmdline)) if !Path::new(text).exists() => Ok((file.into(), cmdline.to_owned())),
+        _ => Ok((text.into(), String::new())),
+    }
 }
 
 /// The names of the configuration.

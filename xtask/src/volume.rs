@@ -7,12 +7,15 @@ use crate::provision::Provisioner;
 use crate::{build, paths};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 use vireo_handoff::Config;
-use vireo_handoff::config::{ApicMode, Policy, Statistics, Vm};
+use vireo_handoff::config::{ApicMode, Module, Policy, Protocol, Statistics, Vm};
+use vireo_handoff::image::{self, Kind};
 
 /// The configuration's name on the volume.
 const CONFIG: &str = "vireo.toml";
+/// The initrd of a guest of the command line.
+const INITRD: &str = "initrd";
 /// The first guest's initrd when it has a job.
 const WITH_JOB: &str = "initrd-with-job";
 /// The folder of the configuration on the volume.
@@ -24,6 +27,10 @@ const FOLDER: &str = "vireo";
 pub struct Single<'a> {
     /// The kernel.
     pub kernel: Option<&'a Path>,
+    /// How it is started.
+    pub protocol: Protocol,
+    /// Files beside it, and what it is told about them.
+    pub modules: &'a [(PathBuf, String)],
     /// The initial RAM disk.
     pub initrd: Option<&'a Path>,
     /// The kernel's command line.
@@ -69,6 +76,8 @@ pub struct Volume {
     /// The configuration as a file.
     text: String,
     files: Vec<Entry>,
+    /// A guest has the job.
+    pub has_job: bool,
     /// The console of the guest that has the job, where there are several guests.
     pub console: Option<OneConsole>,
     /// Stands for everything but the job that the boot of the only guest
@@ -114,7 +123,14 @@ impl Volume {
         {
             initrd.splice(..0, guest::terminal_overlay(columns, rows, name));
         }
-        let mut cmdline = single.cmdline.unwrap_or(guest::CMDLINE).to_owned();
+        let kernel = kernel.unwrap_or_default();
+        let job = wanted(job, &kernel, single.protocol, initrd.is_some())?;
+        let linux = matches!(
+            image::kind(&kernel, single.protocol),
+            Ok(Kind::BzImage | Kind::Elf)
+        );
+        let default = if linux { guest::CMDLINE } else { "" };
+        let mut cmdline = single.cmdline.unwrap_or(default).to_owned();
         let memory = single.memory.unwrap_or(guest::MEMORY);
         let vcpus = single.vcpus.unwrap_or(1);
         let fingerprint = fingerprint(&(&kernel, &initrd, &cmdline, memory, vcpus));
@@ -122,14 +138,32 @@ impl Volume {
             cmdline = guest::exec_cmdline(&cmdline);
             initrd = Some(with_job(job, initrd, default_initrd, provisioner)?);
         }
+        // Kernels of other protocols are told their names.
+        let mut names = Names::default();
+        let name = match single.kernel {
+            Some(path) if !linux => names.of(path),
+            _ => names.of(Path::new("kernel")),
+        };
+        let mut files = vec![entry(&name, kernel)];
+        let mut modules = Vec::new();
+        for (path, cmdline) in single.modules {
+            let file = names.of(path);
+            files.push(entry(&file, paths::read(path)?));
+            modules.push(Module {
+                file,
+                cmdline: cmdline.clone(),
+            });
+        }
         let vm = Vm {
-            name: "linux".into(),
+            name: if linux { "linux" } else { "guest" }.into(),
             memory,
             vcpus,
             cpus: Vec::new(),
-            kernel: "kernel".into(),
-            initrd: initrd.is_some().then(|| "initrd".into()),
+            kernel: name,
+            initrd: initrd.is_some().then(|| INITRD.into()),
+            modules,
             cmdline,
+            protocol: single.protocol,
             apic: single.apic.unwrap_or_default(),
             statistics: single.statistics,
             test_device: single.test_device,
@@ -137,12 +171,12 @@ impl Volume {
             on_crash: Policy::default(),
         };
         let text = toml::to_string(&Config { vm: vec![vm] })?;
-        let mut files = vec![entry("kernel", kernel.unwrap_or_default())];
-        files.extend(initrd.map(|initrd| entry("initrd", initrd)));
+        files.extend(initrd.map(|initrd| entry(INITRD, initrd)));
         Ok(Self {
             config: Config::parse(CONFIG, &text).map_err(|error| anyhow!("{}", error.reason()))?,
             text,
             files,
+            has_job: job.is_some(),
             console: None,
             fingerprint: Some(fingerprint),
         })
@@ -177,10 +211,15 @@ impl Volume {
         }
         let mut files = Vec::new();
         let mut console = None;
+        let index = job
+            .and_then(|job| job.vm)
+            .map_or(Ok(0), |wanted| index_of(&config, wanted, path))?;
+        let vm = config.vm.get(index).context("there is no vm")?;
+        let job = match job {
+            Some(_) => wanted(job, &read(&vm.kernel)?, vm.protocol, vm.initrd.is_some())?,
+            None => None,
+        };
         if let Some(job) = job {
-            let index = job
-                .vm
-                .map_or(Ok(0), |wanted| index_of(&config, wanted, path))?;
             console = OneConsole::new(&config, index)?;
             let vm = config.vm.get_mut(index).context("there is no vm")?;
             let given = vm.initrd.as_ref().map(read).transpose()?;
@@ -197,6 +236,7 @@ impl Volume {
             config,
             text,
             files,
+            has_job: job.is_some(),
             console,
             fingerprint,
         })
@@ -319,6 +359,58 @@ fn with_job(
     Ok(archive)
 }
 
+/// The job, if this kernel is one to have it: Linux, as far as one can tell.
+fn wanted<'a, 'b>(
+    job: Option<&'a Job<'b>>,
+    kernel: &[u8],
+    protocol: Protocol,
+    has_initrd: bool,
+) -> Result<Option<&'a Job<'b>>> {
+    let Some(job) = job else {
+        return Ok(None);
+    };
+    let kind = image::kind(kernel, protocol);
+    if job.command.is_some() {
+        ensure!(
+            !matches!(kind, Ok(Kind::Multiboot(_))),
+            "a command needs the shell of a Linux guest, and this kernel is started by multiboot; leave --exec away"
+        );
+        return Ok(Some(job));
+    }
+    let linux = match kind {
+        Ok(Kind::BzImage) => true,
+        Ok(Kind::Elf) => has_initrd,
+        _ => false,
+    };
+    Ok(linux.then_some(job))
+}
+
+/// Names of files on the volume, no two of them the same.
+#[derive(Default)]
+struct Names(Vec<String>);
+
+impl Names {
+    /// One like that of the file at `path`.
+    fn of(&mut self, path: &Path) -> String {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let mut name: String = name.chars().filter(|c| plain(*c)).collect();
+        let taken = |name: &str, all: &[String]| {
+            let same = |other: &String| other.eq_ignore_ascii_case(name);
+            name.trim_matches('.').is_empty()
+                || [CONFIG, INITRD]
+                    .iter()
+                    .any(|own| own.eq_ignore_ascii_case(name))
+                || all.iter().any(same)
+        };
+        if taken(&name, &self.0) {
+            name = format!("{}-{name}", self.0.len());
+        }
+        self.0.push(name.clone());
+        name
+    }
+}
+
 fn fingerprint(basis: &impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
     basis.hash(&mut hasher);
@@ -411,6 +503,48 @@ mod tests {
         let error = volume(&odd).err().unwrap().to_string();
         assert!(error.starts_with("memory is wrong; expected"), "{error}");
         std::fs::remove_file(kernel).unwrap();
+    }
+
+    #[test]
+    fn a_multiboot_kernel_has_its_name_and_its_modules_and_no_job() {
+        let folder = std::env::temp_dir().join(format!("vireo-multiboot-{}", std::process::id()));
+        std::fs::create_dir_all(folder.join("b")).unwrap();
+        let header: Vec<u8> = [0x1bad_b002_u32, 0, 0xe452_4ffe]
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect();
+        std::fs::write(folder.join("my kernel.bin"), header).unwrap();
+        for module in ["m", "b/M", "initrd"] {
+            std::fs::write(folder.join(module), module).unwrap();
+        }
+        let modules = ["m", "b/M", "initrd"].map(|name| (folder.join(name), format!("to {name}")));
+        let kernel = folder.join("my kernel.bin");
+        let single = Single {
+            kernel: Some(&kernel),
+            modules: &modules,
+            ..Single::default()
+        };
+        let progress = Progress::new();
+        let mut job = Job {
+            nonce: "n",
+            command: None,
+            programs: &[],
+            vm: None,
+        };
+        let volume =
+            |job: &Job| Volume::single(&single, Some(job), None, &Provisioner::new(&progress));
+        let good = volume(&job).unwrap();
+        let vm = &good.config.vm[0];
+        assert_eq!((&*vm.kernel, &*vm.cmdline), ("mykernel.bin", ""));
+        let names: Vec<&str> = vm.modules.iter().map(|module| &*module.file).collect();
+        assert_eq!(names, ["m", "2-M", "3-initrd"]);
+        assert_eq!(vm.modules[2].cmdline, "to initrd");
+        assert!(!good.has_job && vm.initrd.is_none());
+        assert_eq!(good.files[2].contents, b"b/M");
+        job.command = Some("true");
+        let error = volume(&job).err().unwrap().to_string();
+        assert!(error.contains("leave --exec away"), "{error}");
+        std::fs::remove_dir_all(folder).unwrap();
     }
 
     #[test]

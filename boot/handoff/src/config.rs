@@ -32,8 +32,12 @@ pub struct Vm {
     pub kernel: String,
     /// Initial RAM disk.
     pub initrd: Option<String>,
+    /// What else is put into its memory for it.
+    pub modules: Vec<Module>,
     /// Kernel command line.
     pub cmdline: String,
+    /// How the kernel is started.
+    pub protocol: Protocol,
     /// Who is the guest's local APIC.
     pub apic: ApicMode,
     /// What is recorded about its VM exits.
@@ -44,6 +48,40 @@ pub struct Vm {
     pub on_reboot: Policy,
     /// What follows when it stops in any other way than by switching off.
     pub on_crash: Policy,
+}
+
+/// A file for a kernel, beside it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Module {
+    pub file: String,
+    /// What the kernel is told about it, behind its name.
+    #[serde(default)]
+    pub cmdline: String,
+}
+
+/// How a kernel is started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// As its file looks: Linux's if it is a bzImage, PVH if it is an ELF file with its note,
+    /// else multiboot.
+    #[default]
+    Auto,
+    Linux,
+    Multiboot,
+    Pvh,
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Linux => "linux",
+            Self::Multiboot => "multiboot",
+            Self::Pvh => "pvh",
+        })
+    }
 }
 
 /// What follows an end of a guest.
@@ -110,8 +148,8 @@ impl Config {
     pub fn files(&self) -> Vec<&str> {
         let mut files: Vec<&str> = Vec::new();
         for vm in &self.vm {
-            for name in core::iter::once(&vm.kernel).chain(&vm.initrd) {
-                if !files.contains(&name.as_str()) {
+            for name in vm.files() {
+                if !files.contains(&name) {
                     files.push(name);
                 }
             }
@@ -120,9 +158,20 @@ impl Config {
     }
 }
 
+impl Vm {
+    /// The names of the files that it needs.
+    pub fn files(&self) -> impl Iterator<Item = &str> {
+        let modules = self.modules.iter().map(|module| &module.file);
+        core::iter::once(&self.kernel)
+            .chain(&self.initrd)
+            .chain(modules)
+            .map(String::as_str)
+    }
+}
+
 #[cfg(feature = "toml")]
 mod read {
-    use super::{ApicMode, Config, Policy, Statistics, Vm};
+    use super::{ApicMode, Config, Module, Policy, Protocol, Statistics, Vm};
     use alloc::format;
     use alloc::string::{String, ToString};
     use alloc::vec::Vec;
@@ -191,7 +240,11 @@ mod read {
         kernel: String,
         initrd: Option<String>,
         #[serde(default)]
+        modules: Vec<Module>,
+        #[serde(default)]
         cmdline: String,
+        #[serde(default)]
+        protocol: Protocol,
         #[serde(default)]
         apic: ApicMode,
         #[serde(default)]
@@ -306,7 +359,9 @@ mod read {
                     cpus: cpus.clone(),
                     kernel: vm.kernel,
                     initrd: vm.initrd,
+                    modules: vm.modules,
                     cmdline: vm.cmdline,
+                    protocol: vm.protocol,
                     apic: vm.apic,
                     statistics: vm.statistics,
                     test_device: vm.test_device,
@@ -342,6 +397,35 @@ mod read {
             assert_eq!(config.files(), ["vmlinuz"]);
             let bytes = postcard::to_allocvec(&config).unwrap();
             assert_eq!(postcard::from_bytes::<Config>(&bytes).unwrap(), config);
+        }
+
+        #[test]
+        fn modules_and_a_protocol() {
+            let parse = |lines| Config::parse("vireo.toml", &alloc::format!("{GOOD}{lines}\n"));
+            let vm = parse("").unwrap().vm.remove(0);
+            assert_eq!((vm.modules, vm.protocol), (Vec::new(), Protocol::Auto));
+            let config = parse(
+                "protocol = \"multiboot\"\nmodules = [{file = \"m\", cmdline = \"a b\"}, {file = \"vmlinuz\"}]",
+            )
+            .unwrap();
+            assert_eq!(config.files(), ["vmlinuz", "m"]);
+            let vm = &config.vm[0];
+            assert_eq!(vm.protocol, Protocol::Multiboot);
+            assert_eq!(
+                (&*vm.modules[0].cmdline, &*vm.modules[1].cmdline),
+                ("a b", "")
+            );
+            for (line, expected) in [
+                ("protocol = \"grub\"", "5:12: unknown variant `grub`"),
+                ("modules = [{name = \"m\"}]", "5:13: unknown field `name`"),
+                ("modules = [{}]", "5:12: missing field `file`"),
+            ] {
+                let wrong = parse(line).unwrap_err().to_string();
+                assert!(
+                    wrong.starts_with(&alloc::format!("vireo.toml:{expected}")),
+                    "{wrong}"
+                );
+            }
         }
 
         #[test]

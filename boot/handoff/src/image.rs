@@ -1,6 +1,9 @@
 //! What a kernel file is and whether it is whole: the loader asks before it
 //! leaves the firmware, the hypervisor to choose the boot protocol.
 
+pub mod multiboot;
+
+use crate::config::Protocol;
 use core::fmt;
 use object::LittleEndian;
 use object::elf::{FileHeader32, FileHeader64, PT_LOAD};
@@ -105,8 +108,12 @@ impl fmt::Display for Content {
 /// Why a file cannot be booted, whatever the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImageError {
-    /// Neither a bzImage nor an ELF file, but what looks like this.
+    /// Of no boot protocol, but what looks like this.
     NotAKernel(Content),
+    /// Of another boot protocol than the one that is asked for.
+    NotOf(Protocol, Content),
+    /// No multiboot kernel, or one that asks too much.
+    Multiboot(multiboot::HeaderError),
     /// Lengths in bytes.
     Truncated { need: u64, have: u64 },
     /// Not an ELF file of this kind of CPU, or one that contradicts itself.
@@ -118,8 +125,13 @@ impl fmt::Display for ImageError {
         match self {
             Self::NotAKernel(content) => write!(
                 f,
-                "the kernel image is neither a Linux bzImage nor an ELF file: it looks like {content}; name a kernel such as vmlinuz"
+                "the kernel image is neither a Linux bzImage nor an ELF file nor a multiboot kernel: it looks like {content}; name a kernel such as vmlinuz"
             ),
+            Self::NotOf(protocol, content) => write!(
+                f,
+                "the kernel image is {content}, and the boot protocol \"{protocol}\" needs another kind of file; leave `protocol` away"
+            ),
+            Self::Multiboot(error) => error.fmt(f),
             Self::Truncated { need, have } => write!(
                 f,
                 "the kernel image is truncated: its header promises {need} bytes and it has {have}; copy it again"
@@ -134,19 +146,51 @@ impl fmt::Display for ImageError {
 
 impl core::error::Error for ImageError {}
 
-/// Checks that `file` is a kernel, and whole.
+/// Checks that `file` is a kernel of this protocol, and whole.
 ///
 /// # Errors
 /// Why it is not.
-pub fn check(file: &[u8]) -> Result<(), ImageError> {
-    match Content::of(file) {
-        Content::BzImage => bzimage_payload(file).map(|_| ()),
-        Content::Elf => match file.get(ELF_CLASS.0) {
-            Some(&class) if class == ELF_CLASS.1 => check_elf::<FileHeader64<LittleEndian>>(file),
-            _ => check_elf::<FileHeader32<LittleEndian>>(file),
-        },
-        other => Err(ImageError::NotAKernel(other)),
+pub fn check(file: &[u8], protocol: Protocol) -> Result<(), ImageError> {
+    match kind(file, protocol)? {
+        Kind::BzImage => bzimage_payload(file).map(|_| ()),
+        Kind::Elf if is_64_bit(file) => check_elf::<FileHeader64<LittleEndian>>(file),
+        Kind::Elf => check_elf::<FileHeader32<LittleEndian>>(file),
+        Kind::Multiboot(_) => Ok(()),
     }
+}
+
+/// How a kernel is to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    BzImage,
+    /// An ELF file: what is in it decides, where no protocol is asked for.
+    Elf,
+    /// Whatever the file is, this header counts.
+    Multiboot(multiboot::Header),
+}
+
+/// How `file` is to be read, where `protocol` is asked for.
+///
+/// # Errors
+/// When it is no such kernel.
+pub fn kind(file: &[u8], protocol: Protocol) -> Result<Kind, ImageError> {
+    let content = Content::of(file);
+    let header = || multiboot::find(file).map(Kind::Multiboot);
+    match (protocol, content) {
+        (Protocol::Multiboot, _) => header().map_err(ImageError::Multiboot),
+        (Protocol::Auto | Protocol::Linux, Content::BzImage) => Ok(Kind::BzImage),
+        (Protocol::Auto | Protocol::Pvh, Content::Elf) => Ok(Kind::Elf),
+        (Protocol::Auto, _) => header().map_err(|error| match error {
+            multiboot::HeaderError::Missing => ImageError::NotAKernel(content),
+            error => ImageError::Multiboot(error),
+        }),
+        _ => Err(ImageError::NotOf(protocol, content)),
+    }
+}
+
+/// Whether this is a 64-bit ELF file, if it is an ELF file.
+pub fn is_64_bit(file: &[u8]) -> bool {
+    file.get(ELF_CLASS.0) == Some(&ELF_CLASS.1)
 }
 
 /// Offset of the part of a bzImage that is loaded, which reaches to the end of
@@ -213,7 +257,7 @@ mod tests {
         let error = ImageError::NotAKernel(Content::of(b"\x1f\x8b\x08\0"));
         assert_eq!(
             error.to_string(),
-            "the kernel image is neither a Linux bzImage nor an ELF file: it looks like gzip data (an initrd, or a kernel to be unpacked); name a kernel such as vmlinuz"
+            "the kernel image is neither a Linux bzImage nor an ELF file nor a multiboot kernel: it looks like gzip data (an initrd, or a kernel to be unpacked); name a kernel such as vmlinuz"
         );
     }
 
@@ -249,15 +293,15 @@ mod tests {
         assert_eq!(bzimage_payload(&file), Ok(1536));
         let (need, have) = (1600, 1546);
         assert_eq!(
-            check(&file[..1546]),
+            check(&file[..1546], Protocol::Auto),
             Err(ImageError::Truncated { need, have })
         );
         assert!(matches!(
-            check(&file[..520]),
+            check(&file[..520], Protocol::Auto),
             Err(ImageError::Truncated { have: 520, .. })
         ));
         assert!(matches!(
-            check(b"\x7fELF\x02\x01\x01"),
+            check(b"\x7fELF\x02\x01\x01", Protocol::Auto),
             Err(ImageError::DamagedElf(_))
         ));
     }
@@ -273,10 +317,37 @@ mod tests {
         file[64] = 1; // PT_LOAD
         file[64 + 8] = 0x80; // offset
         file[64 + 33] = 1; // length 0x100
-        assert_eq!(check(&file), Ok(()));
-        let error = check(&file[..0x17f]).unwrap_err();
+        assert_eq!(check(&file, Protocol::Auto), Ok(()));
+        let error = check(&file[..0x17f], Protocol::Auto).unwrap_err();
         let (need, have) = (0x180, 0x17f);
         assert_eq!(error, ImageError::Truncated { need, have });
+    }
+
+    #[test]
+    fn the_protocol_decides_how_a_file_is_read() {
+        let mut file = vec![0; 1024];
+        file[..4].copy_from_slice(b"\x7fELF");
+        assert_eq!(kind(&file, Protocol::Auto), Ok(Kind::Elf));
+        assert_eq!(kind(&file, Protocol::Pvh), Ok(Kind::Elf));
+        assert_eq!(
+            kind(&file, Protocol::Linux),
+            Err(ImageError::NotOf(Protocol::Linux, Content::Elf))
+        );
+        let missing = multiboot::HeaderError::Missing;
+        assert_eq!(
+            kind(&file, Protocol::Multiboot),
+            Err(ImageError::Multiboot(missing))
+        );
+        file[16..20].copy_from_slice(&0x1bad_b002_u32.to_le_bytes());
+        file[24..28].copy_from_slice(&0xe452_4ffe_u32.to_le_bytes());
+        let header = multiboot::find(&file).unwrap();
+        assert_eq!(
+            kind(&file, Protocol::Multiboot),
+            Ok(Kind::Multiboot(header))
+        );
+        assert_eq!(kind(&file, Protocol::Auto), Ok(Kind::Elf));
+        file[..4].copy_from_slice(&[0xeb, 0x3e, 0, 0]);
+        assert_eq!(kind(&file, Protocol::Auto), Ok(Kind::Multiboot(header)));
     }
 
     proptest! {

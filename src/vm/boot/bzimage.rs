@@ -3,10 +3,10 @@
 use super::placement::{
     self, CODE_SELECTOR, CodeSegment, DATA_SELECTOR, Initrd, PAGE_TABLES, PARAMETERS,
 };
-use super::{BootError, EntryMode, EntryState};
+use super::{BootError, EntryMode, EntryState, Images, Machine};
 use crate::addr::Gpa;
 use crate::vm::memory::{GuestMemory, OutOfSlot};
-use crate::vm::memory_map::{HIGH_RAM, MemoryMap};
+use crate::vm::memory_map::HIGH_RAM;
 use vireo_handoff::image::{self, ImageError};
 
 /// Offsets in the set-up header, the same in the image and in the boot parameters.
@@ -102,16 +102,13 @@ impl Header {
 ///
 /// # Errors
 /// Why the image cannot be booted in this guest.
-pub fn load(
-    image: &[u8],
-    initrd: Option<&[u8]>,
-    cmdline: &str,
-    memory: &GuestMemory,
-    map: &MemoryMap,
-    rsdp: Gpa,
-) -> Result<EntryState, BootError> {
+pub fn load(images: &Images, machine: &Machine) -> Result<EntryState, BootError> {
+    if !images.modules.is_empty() {
+        return Err(BootError::NoModules);
+    }
+    let (image, memory) = (images.kernel, machine.memory);
     let header = Header::read(image)?;
-    let ram_end = map.ram_below_4g();
+    let ram_end = machine.map.ram_below_4g();
     let payload = image.get(header.payload..).unwrap_or_default();
 
     if header.preferred_address < HIGH_RAM {
@@ -133,21 +130,22 @@ pub fn load(
     }
     memory.write(start, payload)?;
 
-    placement::write_command_line(memory, cmdline, header.command_line_size)?;
-    let initrd = match initrd {
+    placement::write_command_line(memory, images.cmdline, header.command_line_size)?;
+    let initrd = match images.initrd {
         None => None,
         Some(initrd) => {
             let end = ram_end.min(header.initrd_max.saturating_add(1));
             Some(placement::write_initrd(memory, initrd, kernel_end, end)?)
         }
     };
-    write_parameters(image, &header, initrd, memory, map, rsdp)?;
+    write_parameters(image, &header, initrd, machine)?;
     let (gdt_base, gdt_limit) = placement::write_gdt(memory, CodeSegment::Bits64)?;
     let cr3 = write_identity_map(memory)?;
     Ok(EntryState {
         mode: EntryMode::Long64 { cr3 },
         rip: start.0 + ENTRY_64,
         rsp: placement::STACK,
+        rax: 0,
         rsi: PARAMETERS.0,
         rbx: 0,
         gdt_base,
@@ -161,10 +159,9 @@ fn write_parameters(
     image: &[u8],
     header: &Header,
     initrd: Option<Initrd>,
-    memory: &GuestMemory,
-    map: &MemoryMap,
-    rsdp: Gpa,
+    machine: &Machine,
 ) -> Result<(), BootError> {
+    let memory = machine.memory;
     let at = |offset: usize| Gpa(PARAMETERS.0 + offset as u64);
     memory.fill(PARAMETERS, 4096, 0)?;
     let own = image.get(HEADER_START..header.end).unwrap_or_default();
@@ -181,8 +178,8 @@ fn write_parameters(
         memory.write(at(header::RAMDISK_IMAGE), &initrd.start.to_le_bytes())?;
         memory.write(at(header::RAMDISK_SIZE), &initrd.len.to_le_bytes())?;
     }
-    memory.write(at(parameters::ACPI_RSDP), &rsdp.0.to_le_bytes())?;
-    let ranges = map.ranges();
+    memory.write(at(parameters::ACPI_RSDP), &machine.rsdp.0.to_le_bytes())?;
+    let ranges = machine.map.ranges();
     memory.write(at(parameters::E820_ENTRIES), &[ranges.len() as u8])?;
     for (index, range) in ranges.iter().enumerate() {
         let entry = parameters::E820_TABLE + index * parameters::E820_ENTRY;
@@ -223,6 +220,7 @@ fn write_identity_map(memory: &GuestMemory) -> Result<Gpa, OutOfSlot> {
 mod tests {
     use super::*;
     use crate::addr::Hpa;
+    use crate::vm::memory_map::MemoryMap;
 
     const RAM: usize = 8 << 20;
 
@@ -258,7 +256,17 @@ mod tests {
             let block = self.ram.as_mut_ptr() as u64;
             let map = MemoryMap::new(Hpa(block), self.ram.len() as u64);
             let memory = GuestMemory::new(map.slots(), 0);
-            load(image, initrd, cmdline, &memory, &map, Gpa(0xe_0000))
+            let images = Images {
+                initrd,
+                cmdline,
+                ..Images::of(image)
+            };
+            let machine = Machine {
+                memory: &memory,
+                map: &map,
+                rsdp: Gpa(0xe_0000),
+            };
+            load(&images, &machine)
         }
 
         fn at<const N: usize>(&self, gpa: usize) -> [u8; N] {

@@ -1,14 +1,20 @@
 //! Boot protocols: from an image to the state in which the first vCPU starts.
 
 pub mod bzimage;
+mod elf;
+pub mod multiboot;
 mod placement;
 pub mod pvh;
 
 use super::memory::{GuestMemory, OutOfSlot};
 use super::memory_map::MemoryMap;
 use crate::addr::Gpa;
+use alloc::borrow::Cow;
+use alloc::vec::Vec;
 use core::fmt;
-use vireo_handoff::image::{Content, ImageError};
+use vireo_handoff::config::Protocol;
+use vireo_handoff::image::multiboot::HeaderError;
+use vireo_handoff::image::{self, ImageError, Kind};
 
 /// The CPU mode that a protocol starts in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +31,7 @@ pub struct EntryState {
     pub mode: EntryMode,
     pub rip: u64,
     pub rsp: u64,
+    pub rax: u64,
     pub rsi: u64,
     pub rbx: u64,
     pub gdt_base: Gpa,
@@ -42,13 +49,35 @@ pub enum BootError {
     },
     Only32Bit,
     NoPvhEntry,
-    /// The PVH entry point is not in what the ELF file loads.
+    /// An ELF file of neither protocol.
+    NoEntry,
+    /// The entry point is not in what the file loads.
     EntryNotLoaded {
         entry: u64,
     },
     /// A segment belongs below 1 MiB, where the parameters are.
     LoadsTooLow {
         start: u64,
+    },
+    /// Two segments of an ELF file have bytes in common.
+    OverlappingSegments {
+        first: u64,
+        end: u64,
+        second: u64,
+    },
+    /// The address fields of a multiboot header contradict each other or the file.
+    MultibootAddresses {
+        reason: &'static str,
+    },
+    /// Linux's protocol has none.
+    NoModules,
+    TooManyModules {
+        count: usize,
+        limit: usize,
+    },
+    ModulesTooLarge {
+        size: u64,
+        room: u64,
     },
     TooLittleMemory {
         need: u64,
@@ -99,13 +128,34 @@ impl fmt::Display for BootError {
             Self::NoPvhEntry => f.write_str(
                 "the kernel is an ELF file without a 32-bit PVH entry point (note \"Xen\", type 18); use its bzImage, or build it with CONFIG_PVH",
             ),
+            Self::NoEntry => f.write_str(
+                "the kernel is an ELF file without a 32-bit PVH entry point (note \"Xen\", type 18) and without a multiboot header; use its bzImage, or build it with CONFIG_PVH",
+            ),
             Self::EntryNotLoaded { entry } => write!(
                 f,
-                "the kernel's PVH entry point {entry:#x} is in none of the segments that its file fills; build it again"
+                "the kernel's entry point {entry:#x} is in none of the segments that its file fills; build it again"
             ),
             Self::LoadsTooLow { start } => write!(
                 f,
                 "the kernel has a segment at {start:#x}, and the first 1 MiB is for its parameters; link it at 0x100000 or higher"
+            ),
+            Self::OverlappingSegments { first, end, second } => write!(
+                f,
+                "the kernel has a segment at {first:#x} that ends at {end:#x}, behind the start of another at {second:#x}; link it again"
+            ),
+            Self::MultibootAddresses { reason } => write!(
+                f,
+                "the address fields of the kernel's multiboot header are wrong: {reason}; link it again"
+            ),
+            Self::NoModules => f.write_str(
+                "the kernel is a Linux bzImage, whose boot protocol has no modules; use `initrd`",
+            ),
+            Self::TooManyModules { count, limit } => {
+                write!(f, "the guest has {count} modules, and there is room for {limit}")
+            }
+            Self::ModulesTooLarge { size, room } => write!(
+                f,
+                "the modules have {size} bytes, and the guest has room for {room} behind the kernel; raise `memory`"
             ),
             Self::TooLittleMemory { need, have } => write!(
                 f,
@@ -128,24 +178,66 @@ impl fmt::Display for BootError {
 
 impl core::error::Error for BootError {}
 
-/// Puts `kernel` and what belongs to it into the guest's memory, by the
-/// protocol that the image's content asks for: PVH if it is an ELF file, else
-/// Linux's.
+/// What is booted, and what belongs to it.
+#[derive(Clone, Debug)]
+pub struct Images<'a> {
+    pub kernel: &'a [u8],
+    /// The kernel's name, for protocols that have it before the command line.
+    pub name: &'a str,
+    pub initrd: Option<&'a [u8]>,
+    pub modules: Vec<Module<'a>>,
+    pub cmdline: &'a str,
+    pub protocol: Protocol,
+}
+
+/// A file beside the kernel.
+#[derive(Clone, Debug)]
+pub struct Module<'a> {
+    pub bytes: &'a [u8],
+    pub cmdline: Cow<'a, str>,
+}
+
+impl<'a> Images<'a> {
+    /// A kernel, and nothing that belongs to it.
+    pub const fn of(kernel: &'a [u8]) -> Self {
+        Self {
+            kernel,
+            name: "",
+            initrd: None,
+            modules: Vec::new(),
+            cmdline: "",
+            protocol: Protocol::Auto,
+        }
+    }
+}
+
+/// Where it is booted.
+#[derive(Clone, Copy)]
+pub struct Machine<'a> {
+    pub memory: &'a GuestMemory,
+    pub map: &'a MemoryMap,
+    /// The ACPI tables' root pointer.
+    pub rsdp: Gpa,
+}
+
+/// Puts the kernel and what belongs to it into the guest's memory.
 ///
 /// # Errors
 /// Why the image cannot be booted in this guest.
-pub fn load(
-    kernel: &[u8],
-    initrd: Option<&[u8]>,
-    cmdline: &str,
-    memory: &GuestMemory,
-    map: &MemoryMap,
-    rsdp: Gpa,
-) -> Result<EntryState, BootError> {
-    let load = match Content::of(kernel) {
-        Content::BzImage => bzimage::load,
-        Content::Elf => pvh::load,
-        other => return Err(ImageError::NotAKernel(other).into()),
-    };
-    load(kernel, initrd, cmdline, memory, map, rsdp)
+pub fn load(images: &Images, machine: &Machine) -> Result<EntryState, BootError> {
+    match image::kind(images.kernel, images.protocol)? {
+        Kind::BzImage => bzimage::load(images, machine),
+        Kind::Multiboot(header) => multiboot::load(&header, images, machine),
+        Kind::Elf => {
+            let kernel = elf::read(images.kernel)?;
+            if kernel.pvh_entry.is_some() || images.protocol == Protocol::Pvh {
+                return pvh::load(kernel, images, machine);
+            }
+            match image::multiboot::find(images.kernel) {
+                Ok(header) => multiboot::load(&header, images, machine),
+                Err(HeaderError::Missing) => Err(BootError::NoEntry),
+                Err(error) => Err(ImageError::Multiboot(error).into()),
+            }
+        }
+    }
 }

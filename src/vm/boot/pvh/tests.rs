@@ -1,7 +1,9 @@
 use super::*;
 use crate::addr::Hpa;
-use crate::vm::boot;
+use crate::vm::boot::{self, Module};
+use crate::vm::memory_map::MemoryMap;
 use proptest::prelude::*;
+use vireo_handoff::image::ImageError;
 
 const RAM: usize = 8 << 20;
 const CODE: [u8; 100] = [0xab; 100];
@@ -103,12 +105,12 @@ impl File {
     }
 }
 
-struct Guest(Vec<u8>);
+struct Guest(Vec<u8>, Vec<Module<'static>>);
 
 impl Guest {
     /// Memory that is not zero, so that what must be cleared is seen.
     fn new() -> Self {
-        Self(vec![0x55; RAM])
+        Self(vec![0x55; RAM], Vec::new())
     }
 
     fn load(
@@ -119,7 +121,18 @@ impl Guest {
     ) -> Result<EntryState, BootError> {
         let map = MemoryMap::new(Hpa(self.0.as_mut_ptr() as u64), RAM as u64);
         let memory = GuestMemory::new(map.slots(), 0);
-        boot::load(image, initrd, line, &memory, &map, Gpa(0xe_0000))
+        let images = Images {
+            initrd,
+            cmdline: line,
+            modules: self.1.clone(),
+            ..Images::of(image)
+        };
+        let machine = Machine {
+            memory: &memory,
+            map: &map,
+            rsdp: Gpa(0xe_0000),
+        };
+        boot::load(&images, &machine)
     }
 
     fn u32(&self, at: u64) -> u32 {
@@ -200,6 +213,33 @@ fn the_start_info_names_command_line_initrd_and_tables() {
 }
 
 #[test]
+fn modules_follow_the_kernel_and_are_listed_behind_the_initrd() {
+    let mut guest = Guest::new();
+    guest.1 = [&[1u8; 5000][..], &[2; 10]]
+        .map(|bytes| Module {
+            bytes,
+            cmdline: "name a b".into(),
+        })
+        .to_vec();
+    let file = File::default().build();
+    let entry = guest.load(&file, Some(&[3; 10]), "").unwrap();
+    assert_eq!(guest.u32(entry.rbx + 12), 3);
+    let list = guest.u64(entry.rbx + 16);
+    assert_eq!(guest.u64(list + 16), 0);
+    for (index, len, byte, start) in [(1, 5000, 1, KERNEL + 0x3000), (2, 10, 2, KERNEL + 0x5000)] {
+        let at = list + 32 * index;
+        assert_eq!((guest.u64(at), guest.u64(at + 8)), (start, len));
+        assert_eq!(guest.0[start as usize], byte);
+        assert_eq!(guest.0[guest.u64(at + 16) as usize..][..9], *b"name a b\0");
+    }
+    guest.1[0].bytes = vec![0; RAM - (KERNEL as usize) - 0x3000].leak();
+    assert!(matches!(
+        guest.load(&file, None, ""),
+        Err(BootError::ModulesTooLarge { .. })
+    ));
+}
+
+#[test]
 fn without_an_initrd_there_is_no_module() {
     let mut guest = Guest::new();
     let entry = guest.load(&File::default().build(), None, "").unwrap();
@@ -216,8 +256,8 @@ fn what_cannot_boot_is_named() {
         note,
         ..File::default()
     };
-    assert_eq!(error(other((b"Xen\0", 17))), BootError::NoPvhEntry);
-    assert_eq!(error(other((b"GNU\0", 18))), BootError::NoPvhEntry);
+    assert_eq!(error(other((b"Xen\0", 17))), BootError::NoEntry);
+    assert_eq!(error(other((b"GNU\0", 18))), BootError::NoEntry);
     // Only the low 4 GiB can be reached without paging.
     let entry = KERNEL | 1 << 32;
     assert_eq!(
@@ -225,7 +265,7 @@ fn what_cannot_boot_is_named() {
             entry,
             ..File::default()
         }),
-        BootError::NoPvhEntry
+        BootError::NoEntry
     );
     // Behind what the file fills, there is nothing to execute.
     let entry = KERNEL + 100;

@@ -1,0 +1,205 @@
+//! Multiboot 1 (Multiboot Specification 0.6.96): an ELF file, or any file whose header says
+//! where it belongs.
+//!
+//! ```text
+//! 0x2000     the boot information, whose address is in EBX
+//! 0x2080     the memory map
+//! 0x2f00     this loader's name
+//! 0x3000     the list of modules
+//! ```
+//!
+//! Command lines begin with the file's name, as other loaders have it. Modules follow the
+//! kernel, each at a page of its own, whether it asks for that or not.
+
+use super::elf::{self, Segment, Segments};
+use super::placement::{
+    self, CODE_SELECTOR, CodeSegment, DATA_SELECTOR, PARAMETERS, PlacedModule, TABLES,
+};
+use super::{BootError, EntryMode, EntryState, Images, Machine, Module};
+use crate::addr::Gpa;
+use crate::vm::memory::OutOfSlot;
+use crate::vm::memory_map::{HIGH_RAM, LOW_RAM_END};
+use alloc::borrow::Cow;
+use vireo_handoff::image::multiboot::{Addresses, Header};
+use vireo_handoff::image::{Content, ImageError};
+
+/// What EAX holds at entry.
+const LOADER_MAGIC: u64 = 0x2bad_b002;
+const LOADER_NAME: &[u8; 6] = b"Vireo\0";
+const LOADER_NAME_AT: Gpa = Gpa(PARAMETERS.0 + 0xf00);
+const MEMORY_MAP: Gpa = Gpa(PARAMETERS.0 + 0x80);
+const MODULES: Gpa = TABLES;
+const MODULE_ENTRY: u64 = 16;
+/// Bytes of a memory-map entry behind its first field, which says so.
+const MEMORY_MAP_ENTRY: u32 = 20;
+/// There is room for a page of it.
+const COMMAND_LINE_LIMIT: usize = 4095;
+
+/// What of the boot information is there.
+mod flag {
+    pub const MEMORY: u32 = 1 << 0;
+    pub const COMMAND_LINE: u32 = 1 << 2;
+    pub const MODULES: u32 = 1 << 3;
+    pub const MEMORY_MAP: u32 = 1 << 6;
+    pub const LOADER_NAME: u32 = 1 << 9;
+}
+
+/// Offsets in the boot information (3.3).
+mod info {
+    pub const FLAGS: u64 = 0;
+    pub const MEMORY_LOWER: u64 = 4;
+    pub const MEMORY_UPPER: u64 = 8;
+    pub const COMMAND_LINE: u64 = 16;
+    pub const MODULE_COUNT: u64 = 20;
+    pub const MODULES: u64 = 24;
+    pub const MEMORY_MAP_LENGTH: u64 = 44;
+    pub const MEMORY_MAP: u64 = 48;
+    pub const LOADER_NAME: u64 = 64;
+    /// Up to where a loader may know it.
+    pub const LENGTH: u64 = 120;
+}
+
+/// Loads a kernel with this header.
+///
+/// # Errors
+/// Why the image cannot be booted in this guest.
+pub fn load(header: &Header, images: &Images, machine: &Machine) -> Result<EntryState, BootError> {
+    let memory = machine.memory;
+    let ram_end = machine.map.ram_below_4g();
+    let (segments, entry) = match header.addresses {
+        Some(addresses) => {
+            let segment = placed(&addresses, header.offset, images.kernel)?;
+            (Segments::one(segment), addresses.entry.into())
+        }
+        None => match Content::of(images.kernel) {
+            Content::Elf => {
+                let kernel = elf::read(images.kernel)?;
+                (kernel.segments, kernel.entry)
+            }
+            content => return Err(ImageError::NotOf(images.protocol, content).into()),
+        },
+    };
+    let end = segments.load(entry, memory, ram_end)?;
+
+    let line = with_name(images.name, images.cmdline);
+    placement::write_command_line(memory, &line, COMMAND_LINE_LIMIT)?;
+    let initrd = images.initrd.map(|bytes| Module {
+        bytes,
+        cmdline: Cow::Borrowed(""),
+    });
+    let all: alloc::vec::Vec<Module> = initrd
+        .into_iter()
+        .chain(images.modules.iter().cloned())
+        .collect();
+    let modules = placement::write_modules(memory, &all, end..ram_end, MODULE_ENTRY)?;
+    write_info(&modules, machine)?;
+    let (gdt_base, gdt_limit) = placement::write_gdt(memory, CodeSegment::Bits32)?;
+    Ok(EntryState {
+        mode: EntryMode::Protected32,
+        rip: entry,
+        rsp: placement::STACK,
+        rax: LOADER_MAGIC,
+        rsi: 0,
+        rbx: PARAMETERS.0,
+        gdt_base,
+        gdt_limit,
+        code_selector: CODE_SELECTOR,
+        data_selector: DATA_SELECTOR,
+    })
+}
+
+/// A command line behind the name of the file that it is for.
+pub fn with_name<'a>(name: &'a str, line: &'a str) -> Cow<'a, str> {
+    match (name, line) {
+        (name, "") => Cow::Borrowed(name),
+        ("", line) => Cow::Borrowed(line),
+        _ => Cow::Owned([name, line].join(" ")),
+    }
+}
+
+/// Where the address fields put the file (3.1.3).
+fn placed<'a>(
+    addresses: &Addresses,
+    offset: u32,
+    image: &'a [u8],
+) -> Result<Segment<'a>, BootError> {
+    let wrong = |reason| Err(BootError::MultibootAddresses { reason });
+    let Some(before) = addresses.header.checked_sub(addresses.load) else {
+        return wrong("the header is to be below what is loaded");
+    };
+    let Some(first) = offset.checked_sub(before) else {
+        return wrong("what is loaded begins before the file");
+    };
+    let rest = image.get(first as usize..).unwrap_or_default();
+    let bytes = match addresses.load_end {
+        0 => rest,
+        end => match end.checked_sub(addresses.load) {
+            None => return wrong("what is loaded ends before it begins"),
+            Some(len) => rest.get(..len as usize).ok_or(ImageError::Truncated {
+                need: u64::from(first) + u64::from(len),
+                have: image.len() as u64,
+            })?,
+        },
+    };
+    let start = u64::from(addresses.load);
+    let filled = start + bytes.len() as u64;
+    let end = match addresses.bss_end {
+        0 => filled,
+        end if u64::from(end) < filled => return wrong("what is cleared ends before it begins"),
+        end => end.into(),
+    };
+    Ok(Segment {
+        start,
+        size: end - start,
+        bytes,
+    })
+}
+
+fn write_info(modules: &[PlacedModule], machine: &Machine) -> Result<(), OutOfSlot> {
+    let memory = machine.memory;
+    memory.fill(PARAMETERS, info::LENGTH, 0)?;
+    let put = |at: Gpa, value: u32| memory.write(at, &value.to_le_bytes());
+    let field = |offset: u64, value: u32| put(PARAMETERS.wrapping_add(offset), value);
+
+    let ranges = machine.map.ranges();
+    let mut at = MEMORY_MAP;
+    for range in &ranges {
+        put(at, MEMORY_MAP_ENTRY)?;
+        memory.write(at.wrapping_add(4), &range.start.0.to_le_bytes())?;
+        memory.write(at.wrapping_add(12), &range.len.to_le_bytes())?;
+        put(at.wrapping_add(20), range.kind as u32)?;
+        at = at.wrapping_add(u64::from(MEMORY_MAP_ENTRY) + 4);
+    }
+    for (entry, module) in (MODULES.0..).step_by(MODULE_ENTRY as usize).zip(modules) {
+        let fields = [
+            module.start,
+            module.start.saturating_add(module.len),
+            module.cmdline,
+            0,
+        ];
+        for (at, value) in (entry..).step_by(4).zip(fields) {
+            put(Gpa(at), value)?;
+        }
+    }
+    memory.write(LOADER_NAME_AT, LOADER_NAME)?;
+
+    let flags =
+        flag::MEMORY | flag::COMMAND_LINE | flag::MODULES | flag::MEMORY_MAP | flag::LOADER_NAME;
+    field(info::FLAGS, flags)?;
+    // In KiB, from 0 and from 1 MiB up.
+    let below_4g = machine.map.ram_below_4g();
+    field(info::MEMORY_LOWER, (LOW_RAM_END.min(below_4g) >> 10) as u32)?;
+    field(
+        info::MEMORY_UPPER,
+        (below_4g.saturating_sub(HIGH_RAM) >> 10) as u32,
+    )?;
+    field(info::COMMAND_LINE, placement::COMMAND_LINE.0 as u32)?;
+    field(info::MODULE_COUNT, modules.len() as u32)?;
+    field(info::MODULES, MODULES.0 as u32)?;
+    field(info::MEMORY_MAP_LENGTH, (at.0 - MEMORY_MAP.0) as u32)?;
+    field(info::MEMORY_MAP, MEMORY_MAP.0 as u32)?;
+    field(info::LOADER_NAME, LOADER_NAME_AT.0 as u32)
+}
+
+#[cfg(test)]
+mod tests;

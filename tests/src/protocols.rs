@@ -1,0 +1,114 @@
+//! Boot protocols other than the default guest's, and images that ask for too much.
+
+use crate::harness::{Case, Ending, Suite};
+use anyhow::{Context, Result};
+use object::{Object, ObjectSegment};
+use std::path::PathBuf;
+use xtask::{build, paths};
+
+pub fn add(suite: &mut Suite) {
+    suite.add("protocols::multiboot_flat", multiboot_flat);
+    suite.add("protocols::multiboot_elf", multiboot_elf);
+    suite.add("protocols::multiboot_refused", multiboot_refused);
+}
+
+/// The multiboot guest as a flat file, its header first.
+fn flat() -> Result<Vec<u8>> {
+    let file = paths::read(&build::guest("multiboot")?)?;
+    let elf = object::File::parse(&*file)?;
+    let segment = elf.segments().next().context("it has no segment")?;
+    Ok(segment.data()?.to_vec())
+}
+
+/// A 32-bit ELF file with `flat` at 2 MiB, and `more` segments as (address, size).
+fn elf32(flat: &[u8], entry: u32, more: &[(u32, u32)]) -> Vec<u8> {
+    let words =
+        |words: &[u32]| -> Vec<u8> { words.iter().flat_map(|word| word.to_le_bytes()).collect() };
+    let count = 1 + more.len() as u32;
+    let mut file = b"\x7fELF\x01\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x03\0".to_vec();
+    file.extend(words(&[1, entry, 52, 0, 0, 52 | 32 << 16, count, 0]));
+    let (offset, len) = (52 + 32 * count, flat.len() as u32);
+    let start = 0x20_0000;
+    file.extend(words(&[1, offset, start, start, len, 0x10_0000, 7, 4096]));
+    for &(start, size) in more {
+        file.extend(words(&[1, offset, start, start, 0, size, 7, 4096]));
+    }
+    file.extend(flat);
+    file
+}
+
+/// The same without the address fields, and its entry point.
+fn without_addresses(mut flat: Vec<u8>) -> (Vec<u8>, u32) {
+    let entry = u32::from_le_bytes([flat[28], flat[29], flat[30], flat[31]]);
+    flat[4..8].copy_from_slice(&3u32.to_le_bytes());
+    flat[8..12].copy_from_slice(&0u32.wrapping_sub(0x1bad_b002 + 3).to_le_bytes());
+    (flat, entry)
+}
+
+/// Boots `kernel` with two modules.
+fn checks(case: &mut Case, option: &str, kernel: &[u8]) -> Result<()> {
+    let file = |name: &str, contents: &[u8]| -> Result<PathBuf> {
+        let path = case.folder().join(name);
+        std::fs::write(&path, contents)?;
+        Ok(path)
+    };
+    let kernel = file("multiboot", kernel)?;
+    let first = format!("{}=x=y", file("first", &[b'1'; 5000])?.display());
+    let second = file("second", b"222")?;
+    let seen = case
+        .machine()
+        .options([option, &kernel.display().to_string(), "--cmdline", "a=b c"])
+        .options([
+            "--module",
+            &first,
+            "--module",
+            &second.display().to_string(),
+        ])
+        .options(["--memory", "64M"])
+        .limit(120)
+        .run()?;
+    let failed = seen
+        .console
+        .lines()
+        .find(|line| line.contains(": failed: "));
+    case.check(
+        "no check fails",
+        failed.is_none(),
+        failed.unwrap_or_default(),
+    );
+    case.check(
+        "all checks are done",
+        seen.output.contains("checks: 17 passed, 0 failed"),
+        &seen.console,
+    );
+    case.check_equal("it powers off", seen.ending, Ending::Status(0));
+    Ok(())
+}
+
+fn multiboot_flat(case: &mut Case) -> Result<()> {
+    let flat = flat()?;
+    checks(case, "--kernel", &flat)
+}
+
+fn multiboot_elf(case: &mut Case) -> Result<()> {
+    let (flat, entry) = without_addresses(flat()?);
+    checks(case, "--multiboot", &elf32(&flat, entry, &[]))
+}
+
+/// What only the hypervisor sees, and what the loader sees already.
+fn multiboot_refused(case: &mut Case) -> Result<()> {
+    let config =
+        "[[vm]]\nname = \"a\"\nmemory = \"64M\"\nkernel = \"kernel\"\nprotocol = \"multiboot\"\n";
+    let (flat, entry) = without_addresses(flat()?);
+    let overlapping = elf32(&flat, entry, &[(0x20_1000, 0x1000)]);
+    let machine = case.machine().volume(config, &[("kernel", &overlapping)])?;
+    case.refusal(
+        machine,
+        &[
+            "vm a: ",
+            "segment at 0x200000 that ends at 0x300000, behind the start of another at 0x201000",
+        ],
+    )?;
+    let machine = case.machine().volume(config, &[("kernel", &flat[..8])])?;
+    case.refusal(machine, &["kernel: ", "multiboot header at 0x0 is cut off"])
+}
