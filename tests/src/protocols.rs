@@ -4,12 +4,20 @@ use crate::harness::{Case, Ending, Suite};
 use anyhow::{Context, Result};
 use object::{Object, ObjectSegment};
 use std::path::PathBuf;
+use xtask::progress::Progress;
+use xtask::provision::Provisioner;
 use xtask::{build, paths};
 
 pub fn add(suite: &mut Suite) {
     suite.add("protocols::multiboot_flat", multiboot_flat);
     suite.add("protocols::multiboot_elf", multiboot_elf);
     suite.add("protocols::multiboot_refused", multiboot_refused);
+    suite.add("protocols::linux_i386", |case| {
+        linux_i386(case, "linux-image-686", false)
+    });
+    suite.add("protocols::linux_i386_pae", |case| {
+        linux_i386(case, "linux-image-686-pae", true)
+    });
 }
 
 /// The multiboot guest as a flat file, its header first.
@@ -111,4 +119,26 @@ fn multiboot_refused(case: &mut Case) -> Result<()> {
     )?;
     let machine = case.machine().volume(config, &[("kernel", &flat[..8])])?;
     case.refusal(machine, &["kernel: ", "multiboot header at 0x0 is cut off"])
+}
+
+/// Debian's 32-bit kernels as packaged, which have no 64-bit entry point.
+fn linux_i386(case: &mut Case, package: &str, pae: bool) -> Result<()> {
+    let progress = Progress::new();
+    let kernel = Provisioner::new(&progress).i386().kernel(package)?;
+    let seen = case
+        .machine()
+        .options(["--kernel", &kernel.display().to_string()])
+        .exec("uname -m; dmesg | grep -c 'BUG:\\|WARNING:'; grep MemTotal /proc/meminfo; exit 3")
+        .run()?;
+    let mut lines = seen.output.lines();
+    case.check_equal("the machine", lines.next(), Some("i686"));
+    case.check_equal("complaints of the kernel", lines.next(), Some("0"));
+    case.check("memory", seen.output.contains("MemTotal:"), &seen.output);
+    case.check_equal("the status", &seen.ending, &Ending::Status(3));
+    case.check_equal(
+        "the kernel has PAE",
+        kernel.to_string_lossy().ends_with("-pae"),
+        pae,
+    );
+    Ok(())
 }

@@ -59,7 +59,7 @@ feed() {
         printf %s "$line" | $busybox base64 -d
     done
 }
-mark "init:$1"
+[ -n "$1" ] && mark "init:$1"
 mark begin
 feed | {
     { @SHELL@ 2>&1 3>&-; echo $? >/vireo/status; } | $busybox cat
@@ -97,8 +97,9 @@ pub struct Exec<'a> {
     pub command: Option<&'a str>,
     /// Programs on its search path, by name.
     pub programs: &'a [(&'a str, &'a [u8])],
-    /// The first process, which starts the script that does all this.
-    pub stopwatch: &'a [u8],
+    /// The first process, which starts the script that does all this; without one, the script
+    /// is the first process.
+    pub stopwatch: Option<&'a [u8]>,
     /// Busybox and its applets, for an initrd that is not ours.
     pub busybox: Option<(&'a [u8], &'a [String])>,
 }
@@ -123,7 +124,11 @@ pub fn exec_overlay(exec: &Exec) -> Vec<u8> {
         .replace("@BUSYBOX@", busybox)
         .replace("@NONCE@", exec.nonce)
         .replace("@SHELL@", &shell);
-    archive.file("vireo/init", 0o755, exec.stopwatch);
+    archive.file(
+        "vireo/init",
+        0o755,
+        exec.stopwatch.unwrap_or(job.as_bytes()),
+    );
     archive.file("vireo/job", 0o755, job.as_bytes());
     if let Some(command) = exec.command {
         archive.file("vireo/command", 0o644, format!("{command}\n").as_bytes());
@@ -222,7 +227,7 @@ mod tests {
             nonce: "n0",
             command: Some(command),
             programs: &[("tool", b"\x7fELF tool")],
-            stopwatch: b"\x7fELF",
+            stopwatch: Some(b"\x7fELF"),
             busybox: Some((b"\x7fELF", &["sh".into()])),
         };
         let overlay = exec_overlay(&exec);

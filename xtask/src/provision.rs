@@ -44,6 +44,8 @@ pub struct Provisioner<'a> {
     path: OsString,
     /// Packages may be installed.
     root: bool,
+    /// The architecture of the packages, where it is not the system's.
+    architecture: Option<&'static str>,
     progress: &'a Progress,
 }
 
@@ -54,7 +56,19 @@ impl<'a> Provisioner<'a> {
             folder: paths::target().join("provision"),
             path: std::env::var_os("PATH").unwrap_or_default(),
             root: Uid::effective().is_root(),
+            architecture: None,
             progress,
+        }
+    }
+
+    /// One for packages of 32-bit PCs, which guests need.
+    pub fn i386(&self) -> Self {
+        Self {
+            folder: self.folder.join("i386"),
+            path: self.path.clone(),
+            root: false,
+            architecture: Some("i386"),
+            progress: self.progress,
         }
     }
 
@@ -87,31 +101,42 @@ impl<'a> Provisioner<'a> {
     /// # Errors
     /// When they cannot be fetched.
     pub fn default_guest(&self) -> Result<DefaultGuest> {
-        let boot = self.cloud_kernel()?.join("boot");
-        let kernel = fs::read_dir(&boot)?
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .find(|path| {
-                path.file_name()
-                    .is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-"))
-            })
-            .with_context(|| format!("there is no kernel in {}", boot.display()))?;
         let (busybox, applets) = self.busybox()?;
         Ok(DefaultGuest {
-            kernel,
+            kernel: self.kernel(KERNEL)?,
             busybox,
             applets,
         })
     }
 
-    /// The folder of the unpacked package of the current cloud kernel.
-    fn cloud_kernel(&self) -> Result<PathBuf> {
-        let record = self.folder.join("default-kernel");
+    /// The kernel that this meta-package stands for, a bzImage as packaged.
+    ///
+    /// # Errors
+    /// When it cannot be fetched.
+    pub fn kernel(&self, meta: &str) -> Result<PathBuf> {
+        let boot = self.current_kernel(meta)?.join("boot");
+        fs::read_dir(&boot)?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .find(|path| {
+                path.file_name()
+                    .is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-"))
+            })
+            .with_context(|| format!("there is no kernel in {}", boot.display()))
+    }
+
+    /// The folder of the unpacked package of the current kernel of a meta-package.
+    fn current_kernel(&self, meta: &str) -> Result<PathBuf> {
+        let record = self.folder.join(if meta == KERNEL {
+            "default-kernel"
+        } else {
+            meta
+        });
         let package = match fs::read_to_string(&record) {
             Ok(package) => package.trim().to_owned(),
             Err(_) => {
                 let _lock = self.lock()?;
-                let package = dependency(&self.apt_cache(&["show", KERNEL])?, "linux-image-")
-                    .with_context(|| format!("the package {KERNEL} names no kernel"))?;
+                let package = dependency(&self.apt_cache(&["show", meta])?, "linux-image-")
+                    .with_context(|| format!("the package {meta} names no kernel"))?;
                 paths::write(&record, package.as_bytes())?;
                 package
             }
@@ -131,6 +156,15 @@ impl<'a> Provisioner<'a> {
             .map(str::to_owned)
             .collect();
         Ok((paths::read(&program)?, applets))
+    }
+
+    /// The same for 32-bit guests: its applets are those of ours.
+    ///
+    /// # Errors
+    /// As [`Provisioner::busybox`].
+    pub fn busybox_i386(&self) -> Result<(Vec<u8>, Vec<String>)> {
+        let (_, applets) = self.busybox()?;
+        Ok((paths::read(&self.i386().busybox_program()?)?, applets))
     }
 
     fn busybox_program(&self) -> Result<PathBuf> {
@@ -269,7 +303,7 @@ impl<'a> Provisioner<'a> {
             command.args(options).args(arguments);
             output(&mut command)
         };
-        let options = [
+        let mut options = vec![
             "-o".into(),
             format!("Dir::State={}", own.join("state").display()),
             "-o".into(),
@@ -277,7 +311,18 @@ impl<'a> Provisioner<'a> {
             "-o".into(),
             "Dir::State::status=/var/lib/dpkg/status".into(),
         ];
-        let with_system = if own.join("updated").exists() && !installing {
+        if let Some(architecture) = self.architecture {
+            // Nothing of this architecture is installed, or ever will be.
+            for option in [
+                format!("APT::Architecture={architecture}"),
+                format!("APT::Architectures={architecture}"),
+                "Dir::State::status=/dev/null".into(),
+            ] {
+                options.extend(["-o".into(), option]);
+            }
+        }
+        let foreign = self.architecture.is_some();
+        let with_system = if foreign || own.join("updated").exists() && !installing {
             None
         } else {
             run(&[]).ok()
@@ -390,6 +435,7 @@ dpkg-deb --build thing >/dev/null && rm -r thing
                 folder: folder.join("provision"),
                 path: programs.into(),
                 root: false,
+                architecture: None,
                 progress: &progress,
             };
             set_apt(&provisioner, script);

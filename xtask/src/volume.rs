@@ -108,22 +108,24 @@ impl Volume {
         terminal: Option<(u16, u16, &str)>,
         provisioner: &Provisioner,
     ) -> Result<Self> {
-        let default_initrd = single.kernel.is_none() && single.initrd.is_none();
-        let mut kernel = single.kernel.map(paths::read).transpose()?;
+        let kernel = match single.kernel {
+            Some(path) => paths::read(path)?,
+            None => paths::read(&provisioner.default_guest()?.kernel)?,
+        };
         let mut initrd = single.initrd.map(paths::read).transpose()?;
-        if kernel.is_none() {
-            let default = provisioner.default_guest()?;
-            kernel = Some(paths::read(&default.kernel)?);
-            if initrd.is_none() {
-                initrd = Some(guest::initramfs(&default.busybox, &default.applets));
-            }
+        // The default guest's shell goes with other kernels too, where nothing else is said.
+        let default_initrd = initrd.is_none()
+            && (single.kernel.is_none()
+                || single.cmdline.is_none() && is_bzimage(&kernel, single.protocol));
+        if default_initrd {
+            let (busybox, applets) = busybox_for(&kernel, provisioner)?;
+            initrd = Some(guest::initramfs(&busybox, &applets));
         }
         if let (true, Some((columns, rows, name)), Some(initrd)) =
             (default_initrd, terminal, &mut initrd)
         {
             initrd.splice(..0, guest::terminal_overlay(columns, rows, name));
         }
-        let kernel = kernel.unwrap_or_default();
         let job = wanted(job, &kernel, single.protocol, initrd.is_some())?;
         let linux = matches!(
             image::kind(&kernel, single.protocol),
@@ -136,7 +138,7 @@ impl Volume {
         let fingerprint = fingerprint(&(&kernel, &initrd, &cmdline, memory, vcpus));
         if let Some(job) = job {
             cmdline = guest::exec_cmdline(&cmdline);
-            initrd = Some(with_job(job, initrd, default_initrd, provisioner)?);
+            initrd = Some(with_job(job, &kernel, initrd, default_initrd, provisioner)?);
         }
         // Kernels of other protocols are told their names.
         let mut names = Names::default();
@@ -223,7 +225,8 @@ impl Volume {
             console = OneConsole::new(&config, index)?;
             let vm = config.vm.get_mut(index).context("there is no vm")?;
             let given = vm.initrd.as_ref().map(read).transpose()?;
-            let initrd = with_job(job, given, false, provisioner)?;
+            let kernel = read(&vm.kernel)?;
+            let initrd = with_job(job, &kernel, given, false, provisioner)?;
             files.push(entry(WITH_JOB, initrd));
             vm.initrd = Some(WITH_JOB.into());
             vm.cmdline = guest::exec_cmdline(&vm.cmdline);
@@ -336,6 +339,7 @@ fn index_of(config: &Config, wanted: &str, path: &Path) -> Result<usize> {
 /// The initrd with the job's archive in front of it.
 fn with_job(
     job: &Job,
+    kernel: &[u8],
     initrd: Option<Vec<u8>>,
     has_busybox: bool,
     provisioner: &Provisioner,
@@ -343,20 +347,38 @@ fn with_job(
     let busybox = if has_busybox {
         None
     } else {
-        Some(provisioner.busybox()?)
+        Some(busybox_for(kernel, provisioner)?)
     };
     let busybox = busybox
         .as_ref()
         .map(|(program, applets)| (program.as_slice(), applets.as_slice()));
+    let stopwatch = if image::is_32_bit_linux(kernel) {
+        None
+    } else {
+        Some(paths::read(&build::stopwatch()?)?)
+    };
     let mut archive = guest::exec_overlay(&Exec {
         nonce: job.nonce,
         command: job.command,
         programs: job.programs,
-        stopwatch: &paths::read(&build::stopwatch()?)?,
+        stopwatch: stopwatch.as_deref(),
         busybox,
     });
     archive.extend(initrd.unwrap_or_default());
     Ok(archive)
+}
+
+fn is_bzimage(kernel: &[u8], protocol: Protocol) -> bool {
+    matches!(image::kind(kernel, protocol), Ok(Kind::BzImage))
+}
+
+/// Busybox and its applets for a guest with this kernel.
+fn busybox_for(kernel: &[u8], provisioner: &Provisioner) -> Result<(Vec<u8>, Vec<String>)> {
+    if image::is_32_bit_linux(kernel) {
+        provisioner.busybox_i386()
+    } else {
+        provisioner.busybox()
+    }
 }
 
 /// The job, if this kernel is one to have it: Linux, as far as one can tell.

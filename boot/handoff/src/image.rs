@@ -46,6 +46,10 @@ const ELF_CLASS: (usize, u8) = (4, 2);
 pub const SETUP_SECTORS: usize = 0x1f1;
 /// Offset in Linux's set-up header: 16-byte paragraphs of what is loaded.
 pub const SYSTEM_SIZE: usize = 0x1f4;
+/// Offset in Linux's set-up header: version of the protocol.
+pub const PROTOCOL_VERSION: usize = 0x206;
+/// Offset in Linux's set-up header: which entry points there are.
+pub const XLOADFLAGS: usize = 0x236;
 /// The set-up header ends here at the latest.
 const HEADER_END_LIMIT: u64 = 0x290;
 /// Bytes that are looked at to tell text.
@@ -186,6 +190,19 @@ pub fn kind(file: &[u8], protocol: Protocol) -> Result<Kind, ImageError> {
         }),
         _ => Err(ImageError::NotOf(protocol, content)),
     }
+}
+
+/// Whether this is a Linux kernel without a 64-bit entry point.
+pub fn is_32_bit_linux(file: &[u8]) -> bool {
+    /// The first version with these flags.
+    const VERSION_2_12: u16 = 0x20c;
+    const ENTRY_64: u16 = 1;
+    let word = |offset: usize| match file.get(offset..offset + 2) {
+        Some(&[low, high]) => u16::from_le_bytes([low, high]),
+        _ => 0,
+    };
+    Content::of(file) == Content::BzImage
+        && (word(PROTOCOL_VERSION) < VERSION_2_12 || word(XLOADFLAGS) & ENTRY_64 == 0)
 }
 
 /// Whether this is a 64-bit ELF file, if it is an ELF file.

@@ -1,4 +1,6 @@
-//! The 64-bit Linux boot protocol (Linux, `Documentation/arch/x86/boot.rst`).
+//! The Linux boot protocol (Linux, `Documentation/arch/x86/boot.rst`), past the kernel's
+//! real-mode code: in 64-bit mode where the kernel has such an entry point, else in 32-bit
+//! protected mode.
 
 use super::placement::{
     self, CODE_SELECTOR, CodeSegment, DATA_SELECTOR, Initrd, PAGE_TABLES, PARAMETERS,
@@ -13,7 +15,6 @@ use vireo_handoff::image::{self, ImageError};
 mod header {
     pub const JUMP_LENGTH: usize = 0x201;
     pub const MAGIC: usize = 0x202;
-    pub const VERSION: usize = 0x206;
     pub const TYPE_OF_LOADER: usize = 0x210;
     pub const LOAD_FLAGS: usize = 0x211;
     pub const RAMDISK_IMAGE: usize = 0x218;
@@ -21,7 +22,6 @@ mod header {
     pub const HEAP_END: usize = 0x224;
     pub const COMMAND_LINE: usize = 0x228;
     pub const INITRD_MAX: usize = 0x22c;
-    pub const XLOADFLAGS: usize = 0x236;
     pub const COMMAND_LINE_SIZE: usize = 0x238;
     pub const PREFERRED_ADDRESS: usize = 0x258;
     pub const INIT_SIZE: usize = 0x260;
@@ -38,12 +38,18 @@ mod parameters {
 const HEADER_START: usize = 0x1f1;
 /// Longest header that fits between its start and the E820 table.
 const HEADER_END_LIMIT: usize = 0x290;
-const VERSION_2_12: u16 = 0x020c;
-const XLF_KERNEL_64: u16 = 1;
+/// The first version that says how long a command line may be.
+const VERSION_2_06: u16 = 0x0206;
+/// The first with a preferred address and a size in memory.
+const VERSION_2_10: u16 = 0x020a;
+const LOADED_HIGH: u8 = 1;
 const CAN_USE_HEAP: u8 = 0x80;
 const UNASSIGNED_LOADER: u8 = 0xff;
-/// The 64-bit entry point, from the start of the loaded kernel.
+/// The entry points, from the start of the loaded kernel.
+const ENTRY_32: u64 = 0;
 const ENTRY_64: u64 = 0x200;
+/// Where kernels are loaded that do not say where.
+const LOW_LOAD: u64 = 0x1_0000;
 
 fn bytes<const N: usize>(image: &[u8], offset: usize) -> Result<[u8; N], BootError> {
     image
@@ -70,6 +76,7 @@ struct Header {
     payload: usize,
     /// One past the header in the image.
     end: usize,
+    has_64_bit_entry: bool,
     preferred_address: u64,
     init_size: u64,
     initrd_max: u64,
@@ -79,26 +86,35 @@ struct Header {
 impl Header {
     fn read(image: &[u8]) -> Result<Self, BootError> {
         let payload = image::bzimage_payload(image)?;
-        let version = word(image, header::VERSION)?;
-        if version < VERSION_2_12 {
+        let version = word(image, image::PROTOCOL_VERSION)?;
+        if version < VERSION_2_06 {
             return Err(BootError::OldProtocol { version });
         }
-        if word(image, header::XLOADFLAGS)? & XLF_KERNEL_64 == 0 {
-            return Err(BootError::Only32Bit);
-        }
+        let [flags] = bytes(image, header::LOAD_FLAGS)?;
+        let (preferred_address, init_size) = if version >= VERSION_2_10 {
+            (
+                u64::from_le_bytes(bytes(image, header::PREFERRED_ADDRESS)?),
+                dword(image, header::INIT_SIZE)?.into(),
+            )
+        } else if flags & LOADED_HIGH != 0 {
+            (HIGH_RAM, 0)
+        } else {
+            (LOW_LOAD, 0)
+        };
         let [length] = bytes(image, header::JUMP_LENGTH)?;
         Ok(Self {
             payload,
             end: (header::MAGIC + usize::from(length)).min(HEADER_END_LIMIT),
-            preferred_address: u64::from_le_bytes(bytes(image, header::PREFERRED_ADDRESS)?),
-            init_size: dword(image, header::INIT_SIZE)?.into(),
+            has_64_bit_entry: !image::is_32_bit_linux(image),
+            preferred_address,
+            init_size,
             initrd_max: dword(image, header::INITRD_MAX)?.into(),
             command_line_size: dword(image, header::COMMAND_LINE_SIZE)? as usize,
         })
     }
 }
 
-/// Loads a bzImage with a 64-bit entry point.
+/// Loads a bzImage.
 ///
 /// # Errors
 /// Why the image cannot be booted in this guest.
@@ -139,11 +155,16 @@ pub fn load(images: &Images, machine: &Machine) -> Result<EntryState, BootError>
         }
     };
     write_parameters(image, &header, initrd, machine)?;
-    let (gdt_base, gdt_limit) = placement::write_gdt(memory, CodeSegment::Bits64)?;
-    let cr3 = write_identity_map(memory)?;
+    let (mode, code, entry) = if header.has_64_bit_entry {
+        let cr3 = write_identity_map(memory)?;
+        (EntryMode::Long64 { cr3 }, CodeSegment::Bits64, ENTRY_64)
+    } else {
+        (EntryMode::Protected32, CodeSegment::Bits32, ENTRY_32)
+    };
+    let (gdt_base, gdt_limit) = placement::write_gdt(memory, code)?;
     Ok(EntryState {
-        mode: EntryMode::Long64 { cr3 },
-        rip: start.0 + ENTRY_64,
+        mode,
+        rip: start.0 + entry,
         rsp: placement::STACK,
         rax: 0,
         rsi: PARAMETERS.0,
@@ -221,6 +242,7 @@ mod tests {
     use super::*;
     use crate::addr::Hpa;
     use crate::vm::memory_map::MemoryMap;
+    use proptest::prelude::*;
 
     const RAM: usize = 8 << 20;
 
@@ -231,8 +253,8 @@ mod tests {
         image[0x1fe..][..2].copy_from_slice(&[0x55, 0xaa]);
         image[header::JUMP_LENGTH] = 0x6a;
         image[header::MAGIC..][..4].copy_from_slice(b"HdrS");
-        image[header::VERSION..][..2].copy_from_slice(&0x20fu16.to_le_bytes());
-        image[header::XLOADFLAGS] = 1;
+        image[image::PROTOCOL_VERSION..][..2].copy_from_slice(&0x20fu16.to_le_bytes());
+        image[image::XLOADFLAGS] = 1;
         image[header::LOAD_FLAGS] = 0x81;
         image[header::INITRD_MAX..][..4].copy_from_slice(&0x7fff_ffffu32.to_le_bytes());
         image[header::COMMAND_LINE_SIZE..][..4].copy_from_slice(&2047u32.to_le_bytes());
@@ -351,6 +373,31 @@ mod tests {
     }
 
     #[test]
+    fn a_32_bit_kernel_starts_at_its_first_byte_without_paging() {
+        let mut narrow = image();
+        narrow[image::XLOADFLAGS] = 0;
+        // An older protocol has neither the flags nor the addresses.
+        let mut old = image();
+        old[image::PROTOCOL_VERSION] = 0x06;
+        old[header::PREFERRED_ADDRESS..][..12].fill(0xff);
+        for image in [narrow, old] {
+            let mut guest = guest();
+            let entry = guest.load(&image, Some(&[1; 10]), "quiet").unwrap();
+            assert_eq!(
+                (entry.mode, entry.rip, entry.rsi),
+                (EntryMode::Protected32, 0x10_0000, PARAMETERS.0)
+            );
+            assert_eq!((entry.rbx, entry.code_selector), (0, 0x10));
+            let gdt = entry.gdt_base.0 as usize;
+            assert_eq!(
+                u64::from_le_bytes(guest.at(gdt + 0x10)),
+                0x00cf_9b00_0000_ffff
+            );
+            assert_eq!(guest.at(0x10_0000), [0xab; 64]);
+        }
+    }
+
+    #[test]
     fn the_initrd_ends_below_the_limit_of_the_kernel() {
         let mut guest = guest();
         let mut image = image();
@@ -415,17 +462,20 @@ mod tests {
             })
         );
         let mut old = good.clone();
-        old[header::VERSION] = 0x0b;
+        old[image::PROTOCOL_VERSION] = 0x05;
         assert_eq!(
             load(&old, None, ""),
-            BootError::OldProtocol { version: 0x20b }
+            BootError::OldProtocol { version: 0x205 }
+        );
+        old[image::PROTOCOL_VERSION] = 0x06;
+        old[header::LOAD_FLAGS] = 0;
+        assert_eq!(
+            load(&old, None, ""),
+            BootError::LoadsTooLow { start: 0x1_0000 }
         );
         let mut low = good.clone();
         low[header::PREFERRED_ADDRESS + 2] = 0;
         assert_eq!(load(&low, None, ""), BootError::LoadsTooLow { start: 0 });
-        let mut narrow = good.clone();
-        narrow[header::XLOADFLAGS] = 0;
-        assert_eq!(load(&narrow, None, ""), BootError::Only32Bit);
         let mut large = good.clone();
         large[header::INIT_SIZE + 3] = 1;
         assert!(matches!(
@@ -445,5 +495,28 @@ mod tests {
             load(&good, None, &line),
             BootError::CommandLineTooLong { len: 2048, .. }
         ));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        /// The image is the user's: damage is an error, or an entry inside the guest's memory.
+        #[test]
+        fn a_damaged_file_is_no_disaster(
+            changes in prop::collection::vec((0x1f1..0x290usize, any::<u8>()), 0..8),
+            len in 0..1700usize, initrd in 0..0x60_0000usize,
+        ) {
+            let mut image = image();
+            for (at, byte) in changes {
+                image[at] = byte;
+            }
+            image[header::MAGIC..][..4].copy_from_slice(b"HdrS");
+            let mut guest = guest();
+            for image in [&image[..], &image[..len.min(image.len())]] {
+                if let Ok(entry) = guest.load(image, Some(&vec![1; initrd]), "") {
+                    prop_assert!((0x10_0000..RAM as u64).contains(&entry.rip));
+                }
+            }
+        }
     }
 }

@@ -47,7 +47,6 @@ pub enum BootError {
     OldProtocol {
         version: u16,
     },
-    Only32Bit,
     NoPvhEntry,
     /// An ELF file of neither protocol.
     NoEntry,
@@ -118,12 +117,9 @@ impl fmt::Display for BootError {
             Self::Image(error) => error.fmt(f),
             Self::OldProtocol { version } => write!(
                 f,
-                "the kernel speaks boot protocol {}.{:02}, and 2.12 or later is needed",
+                "the kernel speaks boot protocol {}.{:02}, and 2.06 or later is needed",
                 version >> 8,
                 version & 0xff
-            ),
-            Self::Only32Bit => f.write_str(
-                "the kernel has no 64-bit entry point (xloadflags bit 0); use a 64-bit kernel",
             ),
             Self::NoPvhEntry => f.write_str(
                 "the kernel is an ELF file without a 32-bit PVH entry point (note \"Xen\", type 18); use its bzImage, or build it with CONFIG_PVH",

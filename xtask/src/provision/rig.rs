@@ -65,7 +65,7 @@ impl Provisioner<'_> {
 
     fn rig_items(&self) -> Result<Vec<Item>> {
         let busybox = self.busybox_program()?;
-        let kernel = self.cloud_kernel()?;
+        let kernel = self.current_kernel(super::KERNEL)?;
         let modules = ["lib/modules", "usr/lib/modules"]
             .iter()
             .filter_map(|path| fs::read_dir(kernel.join(path)).ok()?.next()?.ok())
