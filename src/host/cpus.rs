@@ -49,9 +49,9 @@ pub struct Cpu {
     refused: Once<String>,
     /// What it shall do next.
     work: Mutex<Option<Work>>,
-    /// It waits for work. Set by itself after all that it has done, which is seen by whoever
-    /// finds it set (release and acquire); taken back by whoever gives it work.
-    idle: AtomicBool,
+    /// It is ready for work. Set by itself after all that it has done to be so, which is seen by
+    /// whoever finds it set (release and acquire).
+    ready: AtomicBool,
 }
 
 /// Why a CPU is not there.
@@ -140,7 +140,7 @@ fn new(number: usize, apic_id: u32, tables: &'static CpuTables, prepare: Prepare
         prepare,
         refused: Once::new(),
         work: Mutex::new(None),
-        idle: AtomicBool::new(false),
+        ready: AtomicBool::new(false),
     }))
 }
 
@@ -159,7 +159,9 @@ fn start_one(trampoline: &mut Trampoline, cpu: &'static Cpu) -> Result<&'static 
         if !local_apic::send(start_up) {
             return Err(Missing::NotSent);
         }
-        if wait(patience, || cpu.is_idle() || cpu.refused.is_completed()) {
+        if wait(patience, || {
+            cpu.ready.load(Ordering::Acquire) || cpu.refused.is_completed()
+        }) {
             return match cpu.refused.get() {
                 Some(reason) => Err(Missing::Refused(reason.clone())),
                 None => Ok(cpu),
@@ -202,23 +204,17 @@ extern "C" fn main(own: &'static Cpu) -> ! {
 }
 
 impl Cpu {
-    /// Whether it waits for work.
-    pub fn is_idle(&self) -> bool {
-        self.idle.load(Ordering::Acquire)
-    }
-
-    /// Gives it something to do; back, where it has not done what it was given before.
+    /// Gives it something to do, when it has done what it does now; back, where something waits
+    /// for that already.
     ///
     /// # Errors
     /// `work` itself.
     pub fn give(&self, work: Work) -> Result<(), Work> {
         let mut place = self.work.lock();
-        if place.is_some() || !self.is_idle() {
+        if place.is_some() {
             return Err(work);
         }
         *place = Some(work);
-        // It is idle until it has taken the work, so that it cannot be given more.
-        self.idle.store(false, Ordering::Release);
         drop(place);
         self.kick();
         Ok(())
@@ -231,8 +227,8 @@ impl Cpu {
 
     /// Does what it is given, for ever.
     fn work(&'static self) -> ! {
+        self.ready.store(true, Ordering::Release);
         loop {
-            self.idle.store(true, Ordering::Release);
             let work = loop {
                 // Interrupts are off: a kick from here on ends the halt.
                 if let Some(work) = self.work.lock().take() {

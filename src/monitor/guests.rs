@@ -1,13 +1,15 @@
 //! The guests of the configuration: all are loaded, then each runs on the CPU that it has for
 //! itself, and those that have none run one after the other on the bootstrap processor. What
-//! follows an end is the guest's policy, or the operator's command.
+//! follows an end is the guest's policy, or the operator's command. Each guest is loaded and run by
+//! [`live`] on its CPU, as [`registry`] says that it is wanted.
 
+use super::registry::{Follows, Wanted};
 use super::statistics::Exits;
 use super::{log, processors, registry};
 use crate::arch::cpu;
 use crate::devices::Clock;
 use crate::devices::chipset::ChipsetConfig;
-use crate::host::cpus::{self, Cpu, Work};
+use crate::host::cpus::{self, Work};
 use crate::host::memory;
 use crate::host::memory::frames::{ALIGN_2M, FrameRange};
 use crate::host::time;
@@ -25,12 +27,11 @@ use crate::vmx::operation::Vmx;
 use crate::vmx::vpid::{Vpid, VpidAllocator};
 use ::log::{error, info, warn};
 use alloc::boxed::Box;
-use alloc::collections::VecDeque;
 use alloc::string::ToString;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
-use core::sync::atomic::{AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use spin::{Mutex, Once};
 use vireo_handoff::BootInfo;
 use vireo_handoff::config::{self, Config, Policy};
@@ -43,7 +44,6 @@ enum StartError {
     NoSuchFile,
     NoSuchCpu(u32),
     CpuWithoutVtx(usize),
-    BusyCpu(usize),
     Tables(OutOfSlot),
     Boot(BootError),
     Ept(EptError),
@@ -70,7 +70,6 @@ impl fmt::Display for StartError {
                 cpus::all().try_for_each(|cpu| write!(f, " {}", cpu.number))
             }
             Self::CpuWithoutVtx(number) => write!(f, "CPU {number} has no VT-x"),
-            Self::BusyCpu(number) => write!(f, "CPU {number} is busy"),
             Self::NoSuchFile => f.write_str("an image that the configuration names was not loaded"),
             Self::Tables(error) => write!(f, "its tables do not fit into its memory: {error:?}"),
             Self::Boot(error) => error.fmt(f),
@@ -83,22 +82,23 @@ impl fmt::Display for StartError {
 /// Guests that run on CPUs of their own. Whoever finds that there are none needs to see
 /// nothing else of theirs.
 static RUNNING: AtomicUsize = AtomicUsize::new(0);
+/// The bootstrap processor loads or runs a guest. No other memory is read because of it.
+static BOOTSTRAP_RUNS: AtomicBool = AtomicBool::new(false);
 static VPIDS: Mutex<VpidAllocator> = Mutex::new(VpidAllocator::new());
 
 /// What the loader has left, as long as a guest may have to be loaded again.
 static BOOT: Once<&'static BootInfo> = Once::new();
 
-/// The shortest time from one start of a guest to the next, as a part of a second: one that
-/// crashes at once does not keep its CPU busy.
+/// The shortest time from one start of a guest to the next by its policy, as a part of a second:
+/// one that crashes at once does not keep its CPU busy.
 const STARTS_A_SECOND: u64 = 1;
 
 /// Runs every guest to its end, and says how each ended or why it did not start.
 pub fn run_all(boot: &'static BootInfo, vmx: Vmx) {
-    let mut guests = Vec::new();
     for config in &boot.config.vm {
         let registered = registry::add(config);
         match Loaded::new(boot, &registered) {
-            Ok(guest) => guests.push((registered, guest)),
+            Ok(guest) => registered.created(guest),
             Err(reason) => cannot_start(&registered, &reason),
         }
     }
@@ -109,18 +109,18 @@ pub fn run_all(boot: &'static BootInfo, vmx: Vmx) {
         unsafe { memory::release_files(boot) };
     }
 
-    let mut others = VecDeque::new();
-    for (registered, guest) in guests {
-        match registered.own_cpu() {
-            Some(cpu) => start_on(cpu, registered, Some(guest)),
-            None => others.push_back((registered, Some(guest))),
+    for registered in registry::all() {
+        if registered.want_to_start() {
+            hand_over(&registered);
         }
     }
     loop {
-        let wanted = || registry::take_wanted().map(|registered| (registered, None));
-        if let Some((registered, guest)) = others.pop_front().or_else(wanted) {
-            live(&registered, guest, vmx);
-        } else if RUNNING.load(Ordering::Relaxed) > 0 {
+        if let Some(registered) = registry::wanted_here() {
+            BOOTSTRAP_RUNS.store(true, Ordering::Relaxed);
+            live(&registered, vmx);
+            BOOTSTRAP_RUNS.store(false, Ordering::Relaxed);
+            super::console::attend();
+        } else if RUNNING.load(Ordering::Relaxed) > 0 || registry::any_created() {
             // The end of a guest on another CPU is a kick, and a command is an interrupt of the UART.
             cpu::wait_for_interrupt();
         } else {
@@ -136,48 +136,33 @@ fn may_load_again(config: &Config) -> bool {
     config.vm.len() > 1 || config.vm.iter().any(restarts)
 }
 
-/// Why a guest cannot be started again.
+/// Why a guest cannot be loaded again.
 pub const NOT_KEPT: &str =
     "its images are not kept; set on_reboot or on_crash to \"restart\" in vireo.toml";
 
-/// Whether there is what it needs to start a guest again.
+/// Whether there is what it needs to load a guest again.
 pub fn may_start_again() -> bool {
     BOOT.get().is_some()
 }
 
-/// Starts a guest that has ended; a sentence where that cannot be. Waits for nothing.
-///
-/// # Errors
-/// Why not.
-pub fn start_again(guest: &Arc<registry::Guest>) -> Result<(), &'static str> {
-    if !may_start_again() {
-        return Err(NOT_KEPT);
-    }
-    if !guest.has_ended() {
-        return Err("it has not ended");
-    }
-    // Nothing here may log, for the operator's line is locked: a CPU that is idle takes the work,
-    // since nobody else gives any.
-    if guest.own_cpu().is_some_and(|cpu| !cpu.is_idle()) {
-        return Err("its CPU has not finished yet");
-    }
-    guest.want();
-    if let Some(cpu) = guest.own_cpu()
-        && guest.take_wanted()
-    {
-        start_on(cpu, Arc::clone(guest), None);
-    }
-    Ok(())
+/// Whether a guest that is wanted on the bootstrap processor waits for another one's end.
+pub fn bootstrap_is_busy() -> bool {
+    BOOTSTRAP_RUNS.load(Ordering::Relaxed)
 }
 
-/// Has a guest live on `cpu`, which it has for itself.
-fn start_on(cpu: &'static Cpu, registered: Arc<registry::Guest>, guest: Option<Loaded>) {
+/// Has the CPU of a guest that is wanted see to it. Waits for nothing, and says nothing: the
+/// operator's line may be locked.
+pub fn hand_over(guest: &Arc<registry::Guest>) {
+    // The bootstrap processor looks by itself, after the interrupt that this comes from.
+    let Some(cpu) = guest.own_cpu() else {
+        return;
+    };
     RUNNING.fetch_add(1, Ordering::Relaxed);
-    let refused = Arc::clone(&registered);
+    let guest = Arc::clone(guest);
     let work: Work = Box::new(move |cpu| {
         match processors::vmx(cpu) {
-            Some(vmx) => live(&registered, guest, vmx),
-            None => cannot_start(&registered, &StartError::CpuWithoutVtx(cpu.number)),
+            Some(vmx) => live(&guest, vmx),
+            None => cannot_start(&guest, &StartError::CpuWithoutVtx(cpu.number)),
         }
         RUNNING.fetch_sub(1, Ordering::Relaxed);
         if let Some(bootstrap) = cpus::get(cpus::BOOTSTRAP) {
@@ -185,8 +170,8 @@ fn start_on(cpu: &'static Cpu, registered: Arc<registry::Guest>, guest: Option<L
         }
     });
     if cpu.give(work).is_err() {
+        // The same was asked of it before, and it has not come to it: the CPU is this guest's.
         RUNNING.fetch_sub(1, Ordering::Relaxed);
-        cannot_start(&refused, &StartError::BusyCpu(cpu.number));
     }
 }
 
@@ -196,45 +181,49 @@ fn cannot_start(guest: &registry::Guest, reason: &StartError) {
     guest.ended(reason);
 }
 
-/// Runs a guest on this CPU until it has ended for good. It is loaded first where `guest` is
-/// not there, and again before each further start.
-fn live(registered: &Arc<registry::Guest>, mut guest: Option<Loaded>, vmx: Vmx) {
-    loop {
+/// Does on this CPU what is wanted of a guest, until that is nothing more: loads it, and runs it
+/// to its end.
+fn live(registered: &Arc<registry::Guest>, vmx: Vmx) {
+    while let Some(Wanted { loaded, start }) = registered.take_wanted() {
         let started = cpu::rdtsc();
-        let loaded = match (guest.take(), BOOT.get()) {
-            (Some(loaded), _) => Ok(loaded),
+        let loaded = match (loaded, BOOT.get()) {
+            (Some(loaded), _) => Ok(*loaded),
             (None, Some(boot)) => Loaded::new(boot, registered),
             (None, None) => Err(StartError::NoSuchFile),
         };
-        let result = loaded.and_then(|loaded| loaded.run(registered, vmx));
-        let again = match result {
-            Ok(end) => {
-                let again = registered.follows(&end) == Policy::Restart && BOOT.get().is_some();
-                let and = if again { ", and is started again" } else { "" };
-                info!(target: log::ALWAYS, "vm {}: {end}{and}", registered.config().name);
-                if again {
-                    registered.set_again();
-                }
-                registered.ended(&end);
-                again
+        let end = match loaded {
+            Ok(loaded) if !start => {
+                registered.created(loaded);
+                continue;
             }
+            Ok(loaded) => loaded.run(registered, vmx),
+            Err(reason) => Err(reason),
+        };
+        let end = match end {
+            Ok(end) => end,
             Err(reason) => {
                 cannot_start(registered, &reason);
-                false
+                continue;
             }
         };
-        if !again {
-            return;
+        let (end, follows) = registered.follows(end);
+        let again = follows != Follows::Nothing && may_start_again();
+        let and = if again { ", and is started again" } else { "" };
+        info!(target: log::ALWAYS, "vm {}: {end}{and}", registered.config().name);
+        if again {
+            registered.set_again();
         }
-        while cpu::rdtsc().wrapping_sub(started) < time::tsc_hz() / STARTS_A_SECOND {
+        registered.ended(&end);
+        while again
+            && follows == Follows::StartLater
+            && cpu::rdtsc().wrapping_sub(started) < time::tsc_hz() / STARTS_A_SECOND
+        {
             time::arm(time::tsc_hz() / 100);
             cpu::wait_for_interrupt();
         }
-        if !registered.take_again() {
+        if again && !registered.want_again() {
             let name = &registered.config().name;
             info!(target: log::ALWAYS, "vm {name}: {}", End::Stopped);
-            registered.ended(&End::Stopped);
-            return;
         }
     }
 }
@@ -266,7 +255,7 @@ impl Drop for Block {
 }
 
 /// A guest that is ready to start. Fields are dropped in their order.
-struct Loaded {
+pub struct Loaded {
     config: &'static config::Vm,
     memory: GuestMemory,
     map: MemoryMap,
@@ -405,6 +394,11 @@ impl Loaded {
         VPIDS.lock().free(vpid);
         result
     }
+}
+
+/// How many VPIDs guests have.
+pub fn vpids_in_use() -> usize {
+    VPIDS.lock().in_use()
 }
 
 /// Says how often a guest has exited, and what that took where it was recorded.

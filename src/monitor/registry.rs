@@ -5,7 +5,7 @@
 
 use super::console::commands::Action;
 use super::console::{self, commands};
-use super::guests;
+use super::guests::{self, Loaded};
 use super::statistics::Exits;
 use crate::arch::cpu::without_interrupts;
 use crate::host::cpus::{self, Cpu};
@@ -32,9 +32,8 @@ pub struct Guest {
     config: &'static config::Vm,
     console: Arc<ConsolePort>,
     control: Arc<Control>,
-    /// The operator has asked for the reset that ends it.
-    reset: AtomicBool,
-    /// It has ended, and its CPU starts it again in a moment.
+    /// It has ended, and its CPU starts it again in a moment. No other memory is read because of
+    /// it.
     again: AtomicBool,
     /// In the multiplexer of consoles.
     index: usize,
@@ -43,11 +42,15 @@ pub struct Guest {
 
 /// What has become of a guest.
 enum Life {
-    /// It is in memory, and has not started.
-    Loaded,
+    /// Nothing but its section of the configuration is there.
+    Absent,
+    /// It is in memory, and is not to start yet.
+    Created(Box<Loaded>),
+    /// Its CPU is to do that next.
+    Wanted(Wanted),
+    /// Its CPU is doing that.
+    Loading,
     Running(Running),
-    /// It has ended, and is to be started again by its CPU.
-    Wanted,
     /// It runs no more, or never did. What it was is there where it ran.
     Ended {
         how: String,
@@ -55,11 +58,61 @@ enum Life {
     },
 }
 
+/// What a guest's CPU is to do.
+pub struct Wanted {
+    /// What has been loaded already.
+    pub loaded: Option<Box<Loaded>>,
+    /// To start the guest, and not only to load it.
+    pub start: bool,
+}
+
+/// What follows the end of a guest that runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Follows {
+    Nothing,
+    /// It is started again, as the operator has asked.
+    Start,
+    /// It is started again, by its policy.
+    StartLater,
+}
+
+/// What the operator has asked for, to be seen to at its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Then {
+    /// Nothing.
+    AsConfigured,
+    Stop,
+    Reset,
+    Destroy,
+}
+
 struct Running {
     tier: ApicTier,
     /// The local APIC identifier of its CPU.
     cpu: u32,
     statistics: Statistics<Vcpu>,
+    then: Then,
+}
+
+impl Life {
+    /// Why it cannot be loaded, or started.
+    const fn why_not_wanted(&self, start: bool) -> &'static str {
+        match self {
+            Self::Absent | Self::Ended { .. } => guests::NOT_KEPT,
+            Self::Created(_) => "it is created already",
+            _ if start => "it has not ended",
+            _ => "it is there already",
+        }
+    }
+
+    /// Why what is for guests that run cannot be.
+    const fn why_not_steered(&self) -> &'static str {
+        match self {
+            Self::Absent => "it is not created",
+            Self::Loading => "it is being loaded",
+            _ => "it does not run",
+        }
+    }
 }
 
 impl Running {
@@ -68,7 +121,7 @@ impl Running {
     }
 }
 
-/// Adds a guest of the configuration, which is being loaded.
+/// Adds a guest of the configuration.
 pub fn add(config: &'static config::Vm) -> Arc<Guest> {
     let port = Arc::new(ConsolePort::new());
     let index = console::add(config.name.clone(), Arc::clone(&port));
@@ -76,10 +129,9 @@ pub fn add(config: &'static config::Vm) -> Arc<Guest> {
         config,
         console: port,
         control: Arc::default(),
-        reset: AtomicBool::new(false),
         again: AtomicBool::new(false),
         index,
-        life: Mutex::new(Life::Loaded),
+        life: Mutex::new(Life::Absent),
     });
     without_interrupts(|| GUESTS.lock().push(Arc::clone(&guest)));
     guest
@@ -90,21 +142,23 @@ pub fn all() -> Vec<Arc<Guest>> {
     without_interrupts(|| GUESTS.lock().clone())
 }
 
-/// Bytes of memory of those that have not ended.
+/// Bytes of memory of those that have some.
 pub fn memory() -> u64 {
-    let has_memory = |guest: &&Arc<Guest>| guest.with(|life| !matches!(life, Life::Ended { .. }));
     let guests = all();
-    guests
-        .iter()
-        .filter(has_memory)
-        .map(|guest| guest.config.memory)
-        .sum()
+    let with_memory = guests.iter().filter(|guest| guest.has_memory());
+    with_memory.map(|guest| guest.config.memory).sum()
 }
 
-/// The next guest that the bootstrap processor is to start again.
-pub fn take_wanted() -> Option<Arc<Guest>> {
+/// The next guest that is wanted on the bootstrap processor.
+pub fn wanted_here() -> Option<Arc<Guest>> {
     let mut guests = all().into_iter();
-    guests.find(|guest| guest.own_cpu().is_none() && guest.take_wanted())
+    guests.find(|guest| guest.own_cpu().is_none() && guest.is_wanted())
+}
+
+/// Whether a guest is loaded and waits to be started by the operator.
+pub fn any_created() -> bool {
+    let created = |guest: &Arc<Guest>| guest.with(|life| matches!(life, Life::Created(_)));
+    all().iter().any(created)
 }
 
 impl Guest {
@@ -129,49 +183,89 @@ impl Guest {
         Arc::clone(&self.control)
     }
 
-    /// Whether it has ended, and nobody wants it again.
-    pub fn has_ended(&self) -> bool {
-        self.with(|life| matches!(life, Life::Ended { .. }))
-    }
-
-    /// Marks one that has ended as wanted.
-    pub fn want(&self) {
-        self.with(|life| {
-            if matches!(life, Life::Ended { .. }) {
-                *life = Life::Wanted;
-            }
-        });
-    }
-
-    /// Whether it is wanted; whoever gets true is to start it.
-    pub fn take_wanted(&self) -> bool {
-        self.with(|life| {
-            let wanted = matches!(life, Life::Wanted);
-            if wanted {
-                *life = Life::Loaded;
-            }
-            wanted
+    fn has_memory(&self) -> bool {
+        self.with(|life| match life {
+            Life::Absent | Life::Ended { .. } => false,
+            Life::Wanted(wanted) => wanted.loaded.is_some(),
+            Life::Created(_) | Life::Loading | Life::Running(_) => true,
         })
     }
 
-    /// What follows this end of it.
-    pub fn follows(&self, end: &End) -> Policy {
-        match end {
-            End::Reset if self.reset.swap(false, Ordering::Relaxed) => Policy::Restart,
-            End::Reset => self.config.on_reboot,
-            End::PowerOff | End::Exit(_) | End::Stopped => Policy::Stop,
+    fn is_wanted(&self) -> bool {
+        self.with(|life| matches!(life, Life::Wanted(_)))
+    }
+
+    /// Takes what is wanted of it; whoever gets it is to see to it.
+    pub fn take_wanted(&self) -> Option<Wanted> {
+        self.with(|life| match mem::replace(life, Life::Loading) {
+            Life::Wanted(wanted) => Some(wanted),
+            other => {
+                *life = other;
+                None
+            }
+        })
+    }
+
+    /// It is in memory.
+    pub fn created(&self, loaded: Loaded) {
+        self.with(|life| *life = Life::Created(Box::new(loaded)));
+        console::attend();
+    }
+
+    /// Wants one that was created to start; false where it was not.
+    pub fn want_to_start(&self) -> bool {
+        self.want(true).is_ok()
+    }
+
+    /// Wants it to be in memory, and to `start`.
+    fn want(&self, start: bool) -> Result<(), &'static str> {
+        let kept = guests::may_start_again();
+        self.with(|life| {
+            let loaded = match mem::replace(life, Life::Absent) {
+                Life::Created(loaded) if start => Some(loaded),
+                Life::Absent | Life::Ended { .. } if kept => None,
+                other => {
+                    *life = other;
+                    return Err(life.why_not_wanted(start));
+                }
+            };
+            *life = Life::Wanted(Wanted { loaded, start });
+            Ok(())
+        })
+    }
+
+    /// What follows this end of it. What the operator has asked for goes before how it came to that.
+    pub fn follows(&self, end: End) -> (End, Follows) {
+        let then = self.with(|life| match life {
+            Life::Running(running) => running.then,
+            _ => Then::AsConfigured,
+        });
+        let policy = match (&end, then) {
+            (_, Then::Stop | Then::Destroy) => return (End::Stopped, Follows::Nothing),
+            (_, Then::Reset) => return (End::Reset, Follows::Start),
+            (End::Reset, _) => self.config.on_reboot,
+            (End::PowerOff | End::Exit(_) | End::Stopped, _) => Policy::Stop,
             _ => self.config.on_crash,
-        }
+        };
+        let follows = match policy {
+            Policy::Stop => Follows::Nothing,
+            Policy::Restart => Follows::StartLater,
+        };
+        (end, follows)
     }
 
     /// Its CPU is going to start it again, if that is still wanted in the end
-    /// ([`Guest::take_again`]).
+    /// ([`Guest::want_again`]).
     pub fn set_again(&self) {
         self.again.store(true, Ordering::Relaxed);
     }
 
-    /// Whether it is to be started again; if so, whoever gets true does that.
-    pub fn take_again(&self) -> bool {
+    /// Whether it is to be started again, and so is wanted.
+    pub fn want_again(&self) -> bool {
+        self.take_again() && self.want(true).is_ok()
+    }
+
+    fn take_again(&self) -> bool {
         self.again.swap(false, Ordering::Relaxed)
     }
 
@@ -180,37 +274,75 @@ impl Guest {
     /// # Errors
     /// Why that cannot be.
     pub fn steer(self: &Arc<Self>, action: Action) -> Result<(), &'static str> {
-        if action == Action::Start {
-            return guests::start_again(self);
-        }
-        let cpu = self.with(|life| match life {
-            Life::Running(running) => Some(running.cpu),
-            _ => None,
-        });
-        let Some(cpu) = cpu else {
-            // One that is about to be started again is not, then.
-            return if action == Action::Stop && self.take_again() {
-                Ok(())
-            } else {
-                Err("it does not run")
-            };
-        };
-        let pauses = self.control.asked().contains(Request::PAUSE);
         match action {
-            Action::Start => {}
-            Action::Stop => self.control.ask(Request::STOP),
-            Action::Reset if !guests::may_start_again() => return Err(guests::NOT_KEPT),
-            Action::Reset => {
-                self.reset.store(true, Ordering::Relaxed);
-                self.control.ask(Request::RESET);
+            Action::Create | Action::Start => {
+                // The operator's start is the one that counts.
+                self.take_again();
+                self.want(action == Action::Start)?;
+                guests::hand_over(self);
+                Ok(())
             }
-            Action::Pause if pauses => return Err("it pauses already"),
-            Action::Pause => self.control.ask(Request::PAUSE),
-            Action::Resume if !pauses => return Err("it does not pause"),
-            Action::Resume => self.control.withdraw(Request::PAUSE),
+            Action::Stop if self.take_again() => Ok(()),
+            Action::Destroy if self.drop_idle() => Ok(()),
+            _ => self.steer_running(action),
         }
-        local_apic::kick(cpu);
-        Ok(())
+    }
+
+    /// Gives back all that one has that does not run; false where it runs or is being loaded, or
+    /// has nothing.
+    fn drop_idle(&self) -> bool {
+        let dropped = self.with(|life| match life {
+            Life::Absent | Life::Loading | Life::Running(_) => None,
+            Life::Created(_) | Life::Wanted(_) | Life::Ended { .. } => {
+                Some(mem::replace(life, Life::Absent))
+            }
+        });
+        self.take_again();
+        dropped.is_some()
+    }
+
+    fn steer_running(&self, action: Action) -> Result<(), &'static str> {
+        let pauses = self.control.asked().contains(Request::PAUSE);
+        let request = match action {
+            Action::Reset => Request::RESET,
+            Action::Pause | Action::Resume => Request::PAUSE,
+            Action::Create | Action::Start | Action::Stop | Action::Destroy => Request::STOP,
+        };
+        self.with(|life| {
+            let Life::Running(running) = life else {
+                return Err(life.why_not_steered());
+            };
+            match action {
+                Action::Pause if pauses => return Err("it pauses already"),
+                Action::Resume if !pauses => return Err("it does not pause"),
+                Action::Reset if !guests::may_start_again() => return Err(guests::NOT_KEPT),
+                Action::Stop => running.then = Then::Stop,
+                Action::Destroy => running.then = Then::Destroy,
+                Action::Reset => running.then = Then::Reset,
+                _ => {}
+            }
+            if action == Action::Resume {
+                self.control.withdraw(request);
+            } else {
+                self.control.ask(request);
+            }
+            local_apic::kick(running.cpu);
+            Ok(())
+        })
+    }
+
+    /// Whether what was asked of it last is done: it has ended, started or is created, or has
+    /// to wait for another guest.
+    pub fn is_settled(&self) -> bool {
+        let asked = self.control.asked();
+        let waits = self.own_cpu().is_none() && guests::bootstrap_is_busy();
+        self.with(|life| match life {
+            Life::Absent | Life::Created(_) => true,
+            Life::Wanted(_) => waits,
+            Life::Loading => false,
+            Life::Running(_) => !asked.intersects(Request::STOP | Request::RESET),
+            Life::Ended { .. } => !self.again.load(Ordering::Relaxed),
+        })
     }
 
     /// Its console.
@@ -225,6 +357,7 @@ impl Guest {
             tier,
             cpu: local_apic::id(),
             statistics,
+            then: Then::AsConfigured,
         });
         self.with(|life| *life = running);
         console::started(self.index);
@@ -232,23 +365,34 @@ impl Guest {
 
     /// It has ended, or could not start.
     pub fn ended(&self, how: &impl ToString) {
-        let ended = |was| Life::Ended {
-            how: how.to_string(),
-            was,
-        };
-        let before = self.with(|life| mem::replace(life, ended(None)));
-        if let Life::Running(running) = before {
-            let was = (running.tier, Box::new(running.exits()));
-            self.with(|life| *life = ended(Some(was)));
-        }
+        let how = how.to_string();
+        let before = self.with(|life| {
+            let (was, destroyed) = match life {
+                Life::Running(running) => (
+                    Some((running.tier, Box::new(running.exits()))),
+                    running.then == Then::Destroy,
+                ),
+                _ => (None, false),
+            };
+            let after = if destroyed {
+                Life::Absent
+            } else {
+                Life::Ended { how, was }
+            };
+            mem::replace(life, after)
+        });
+        drop(before);
         console::ended(self.index);
     }
 
     /// As it is now.
     pub fn look(&self) -> commands::Guest {
         let (state, tier, cpu, exits) = self.with(|life| match life {
-            Life::Loaded => ("loaded".into(), None, None, None),
-            Life::Wanted => ("to be started".into(), None, None, None),
+            Life::Absent => ("not created".into(), None, None, None),
+            Life::Created(_) => ("created".into(), None, None, None),
+            Life::Wanted(Wanted { start: true, .. }) => ("to be started".into(), None, None, None),
+            Life::Wanted(_) => ("to be created".into(), None, None, None),
+            Life::Loading => ("being loaded".into(), None, None, None),
             Life::Running(running) => (
                 if self.control.asked().contains(Request::PAUSE) {
                     "pausing".into()

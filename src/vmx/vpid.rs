@@ -67,6 +67,12 @@ impl VpidAllocator {
         None
     }
 
+    /// How many are handed out.
+    pub fn in_use(&self) -> usize {
+        let taken: u32 = self.used.iter().map(|word| word.count_ones()).sum();
+        taken as usize - 1
+    }
+
     /// Takes `vpid` back. VPID 0 stays taken.
     pub fn free(&mut self, vpid: Vpid) {
         if vpid == Vpid::HOST {
@@ -252,6 +258,7 @@ mod tests {
         }
         assert!(!seen[0]);
         assert_eq!(seen.iter().filter(|seen| **seen).count(), 65535);
+        assert_eq!(allocator.in_use(), 65535);
         allocator.free(Vpid::HOST);
         assert_eq!(allocator.allocate(), None);
         allocator.free(Vpid(0x1234));
@@ -263,7 +270,9 @@ mod tests {
     fn a_freed_vpid_rests_while_others_are_left() {
         let mut allocator = VpidAllocator::new();
         let first = allocator.allocate().unwrap();
+        assert_eq!(allocator.in_use(), 1);
         allocator.free(first);
+        assert_eq!(allocator.in_use(), 0);
         for _ in 1..65535 {
             assert_ne!(allocator.allocate(), Some(first));
         }

@@ -11,6 +11,7 @@ use xtask::{build, paths};
 pub fn add(suite: &mut Suite) {
     suite.add("console::operator", operator);
     suite.add("console::life_cycle", life_cycle);
+    suite.add("console::thousand_rounds", thousand_rounds);
     suite.add(
         "console::command_in_one_of_several",
         command_in_one_of_several,
@@ -113,7 +114,7 @@ on_reboot = "restart"
 "#;
 
 /// What is waited for, and what is typed then.
-const STEERED: [(&str, &str); 17] = [
+const STEERED: [(&str, &str); 24] = [
     ("echo: ready", "\x14p"),
     // By its policy, each second.
     ("vm again: reset, and is started again", ""),
@@ -131,7 +132,14 @@ const STEERED: [(&str, &str); 17] = [
     ("vm second: reset, and is started again", ""),
     ("vm second: started", "vm second stop\r"),
     ("vm second: stopped by the operator", "vm again stop\r"),
-    ("vm again: stopped by the operator", "vm first stop\r"),
+    ("vm again: stopped by the operator", "vm second create\r"),
+    ("vireo> ", "vms\r"),
+    ("created", "vm second create\r"),
+    ("second: it is created already", "vm second pause\r"),
+    ("second: it does not run", "vm second start\r"),
+    ("vm second: started", "vm second destroy\r"),
+    ("vm second: stopped by the operator", "vm second stop\r"),
+    ("second: it is not created", "vm first stop\r"),
 ];
 
 /// Guests are paused, stopped, started and reset, and one that resets comes again.
@@ -209,6 +217,73 @@ fn command_in_one_of_several(case: &mut Case) -> Result<()> {
             .count()
             > 1,
         &seen.console,
+    );
+    Ok(())
+}
+
+/// Beside a guest that stays.
+const TINY: &str = r#"
+[[vm]]
+name = "stays"
+memory = "16M"
+kernel = "echo"
+
+[[vm]]
+name = "tiny"
+memory = "4M"
+kernel = "echo"
+cpus = [1]
+"#;
+
+/// What is typed at once: so many times a guest is created, started and destroyed.
+const BATCH: usize = 20;
+const BATCHES: usize = 50;
+
+/// Whatever a guest has had is given back at its end.
+fn thousand_rounds(case: &mut Case) -> Result<()> {
+    let kernel = paths::read(&build::guest("echo")?)?;
+    let round = "vm tiny create\rvm tiny start\rvm tiny destroy\r".repeat(BATCH) + "mem\r";
+    let round: &str = round.leak();
+    let mut typed = vec![
+        ("echo: ready", "\x14p"),
+        ("vireo> ", "vm tiny destroy\rmem\r"),
+    ];
+    typed.extend([(" in use\r\n", round); BATCHES]);
+    typed.push((" in use\r\n", "vms\rvm stays destroy\r"));
+    let seen = case
+        .machine()
+        .volume(TINY, &[("echo", &kernel)])?
+        .options(["--smp", "2"])
+        .input(Input::Typed(typed))
+        .limit(600)
+        .run()?;
+    let console = &seen.console;
+    let started = console.matches("vireo: vm tiny: started").count();
+    case.check_equal("so many times it has started", started, BATCH * BATCHES + 1);
+    for what in ["frames ", "VPIDs "] {
+        let lines = console.lines().filter(|line| line.starts_with(what));
+        let counts: Vec<&str> = lines.collect();
+        case.check_equal(
+            &format!("{what}are told after each batch"),
+            counts.len(),
+            BATCHES + 1,
+        );
+        let first = counts.first().copied().unwrap_or_default();
+        case.check(
+            &format!("{what}are always as many"),
+            counts.iter().all(|count| *count == first),
+            counts.join("\n"),
+        );
+    }
+    case.check(
+        "what is destroyed is a section of the configuration only",
+        console.contains(" 2  tiny      4 MiB      1  -               0  not created"),
+        console,
+    );
+    case.check_equal(
+        "the last one's end is the machine's",
+        &seen.ending,
+        &Ending::Status(0),
     );
     Ok(())
 }

@@ -18,7 +18,7 @@ const LONGEST: usize = 4096;
 /// A verdict line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// The guest has powered itself off.
+    /// The guest has powered itself off, or the operator has stopped it.
     PoweredOff { vm: String },
     /// The guest has asked for a reset, which ends it.
     Reset { vm: String },
@@ -45,7 +45,7 @@ impl Verdict {
         let (vm, what) = text.strip_prefix("vm ")?.split_once(": ")?;
         let vm = vm.to_owned();
         match what {
-            "powered off" => Some(Self::PoweredOff { vm }),
+            "powered off" | "stopped by the operator" => Some(Self::PoweredOff { vm }),
             "reset" => Some(Self::Reset { vm }),
             _ if what.starts_with(EXITED) => Some(Self::Exited {
                 vm,
@@ -341,6 +341,10 @@ mod tests {
             Some(Verdict::Exited { vm, code })
         );
         assert_eq!(Verdict::parse("vireo: vm guest: ended with code x"), None);
+        assert_eq!(
+            Verdict::parse("vireo: vm a: stopped by the operator"),
+            Some(Verdict::PoweredOff { vm: "a".into() })
+        );
         assert_eq!(Verdict::parse("vireo: vm guest: 2 vCPUs"), None);
         assert_eq!(Verdict::parse("error: no VT-x"), None);
     }

@@ -23,12 +23,16 @@ pub trait Machine {
     /// # Errors
     /// Why not.
     fn steer(&self, guest: usize, action: Action) -> Result<(), &'static str>;
+    /// Whether the guest with this index has done that.
+    fn is_settled(&self, guest: usize) -> bool;
 }
 
 /// What the operator has a guest do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// To be loaded and started, after it has ended.
+    /// To be loaded.
+    Create,
+    /// To be loaded, where it is not, and started.
     Start,
     /// To end, as if its plug was pulled.
     Stop,
@@ -37,15 +41,19 @@ pub enum Action {
     Resume,
     /// To be started again from the beginning.
     Reset,
+    /// To end, and give back all that it has.
+    Destroy,
 }
 
 impl Action {
-    const ALL: [(&'static str, Self); 5] = [
+    const ALL: [(&'static str, Self); 7] = [
+        ("create", Self::Create),
         ("start", Self::Start),
         ("stop", Self::Stop),
         ("pause", Self::Pause),
         ("resume", Self::Resume),
         ("reset", Self::Reset),
+        ("destroy", Self::Destroy),
     ];
 
     fn named(name: &str) -> Option<Self> {
@@ -89,9 +97,20 @@ pub struct Memory {
     pub guests: u64,
     /// Of the hypervisor's heap: in use, and all.
     pub heap: (u64, u64),
+    /// Frames of 4 KiB that are free.
+    pub frames_free: u64,
+    /// VPIDs in use.
+    pub vpids: usize,
 }
 
-type Answer = fn(&dyn Machine, &[&str], &mut Text) -> Result<(), Complaint>;
+/// What a command waits for, before the next one is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// The guest with this index has done what it was asked for.
+    Steered(usize),
+}
+
+type Answer = fn(&dyn Machine, &[&str], &mut Text) -> Result<Option<Wait>, Complaint>;
 
 /// A command: what it is called, what stands behind it, what it does.
 struct Command {
@@ -106,11 +125,11 @@ const COMMANDS: [Command; 7] = [
         name: "vms",
         arguments: "",
         help: "the guests, with the numbers of their consoles",
-        run: |machine, _, out| Ok(guests(machine, out)?),
+        run: |machine, _, out| at_once(guests(machine, out)),
     },
     Command {
         name: "vm",
-        arguments: "NAME start|stop|pause|resume|reset",
+        arguments: "NAME create|start|stop|pause|resume|reset|destroy",
         help: "steers a guest",
         run: steer,
     },
@@ -118,7 +137,7 @@ const COMMANDS: [Command; 7] = [
         name: "cpus",
         arguments: "",
         help: "the CPUs, and what they do",
-        run: |machine, _, out| Ok(cpus(machine, out)?),
+        run: |machine, _, out| at_once(cpus(machine, out)),
     },
     Command {
         name: "stat",
@@ -130,21 +149,26 @@ const COMMANDS: [Command; 7] = [
         name: "mem",
         arguments: "",
         help: "the memory in use",
-        run: |machine, _, out| Ok(memory(machine, out)?),
+        run: |machine, _, out| at_once(memory(machine, out)),
     },
     Command {
         name: "log",
         arguments: "",
         help: "what the hypervisor has said",
-        run: |machine, _, out| Ok(out.write_str(&machine.log())?),
+        run: |machine, _, out| at_once(out.write_str(&machine.log())),
     },
     Command {
         name: "help",
         arguments: "",
         help: "this list",
-        run: |_, _, out| Ok(help(out)?),
+        run: |_, _, out| at_once(help(out)),
     },
 ];
+
+/// Of a command that has said everything.
+fn at_once(written: fmt::Result) -> Result<Option<Wait>, Complaint> {
+    Ok(written.map(|()| None)?)
+}
 
 /// What is wrong with a command, in one sentence.
 enum Complaint {
@@ -186,18 +210,24 @@ impl fmt::Display for Complaint {
 pub struct Prompt<'a>(pub &'a dyn Machine);
 
 impl Commands for Prompt<'_> {
-    fn answer(&self, line: &str, out: &mut Text) {
-        if let Err(complaint) = answer(self.0, line, out) {
+    fn answer(&self, line: &str, out: &mut Text) -> Option<Wait> {
+        answer(self.0, line, out).unwrap_or_else(|complaint| {
             // A queue takes everything, or cuts it.
             let _ = writeln!(out, "{complaint}");
-        }
+            None
+        })
+    }
+
+    fn is_over(&self, wait: Wait) -> bool {
+        let Wait::Steered(guest) = wait;
+        self.0.is_settled(guest)
     }
 }
 
-fn answer(machine: &dyn Machine, line: &str, out: &mut Text) -> Result<(), Complaint> {
+fn answer(machine: &dyn Machine, line: &str, out: &mut Text) -> Result<Option<Wait>, Complaint> {
     let words: Vec<&str> = line.split_whitespace().collect();
     let Some((name, arguments)) = words.split_first() else {
-        return Ok(());
+        return Ok(None);
     };
     let command = COMMANDS
         .iter()
@@ -293,10 +323,16 @@ fn memory(machine: &dyn Machine, out: &mut Text) -> fmt::Result {
         "heap        {:10} KiB of {} KiB",
         used / 1024,
         all / 1024
-    )
+    )?;
+    writeln!(out, "frames      {:10} free", memory.frames_free)?;
+    writeln!(out, "VPIDs       {:10} in use", memory.vpids)
 }
 
-fn statistics(machine: &dyn Machine, arguments: &[&str], out: &mut Text) -> Result<(), Complaint> {
+fn statistics(
+    machine: &dyn Machine,
+    arguments: &[&str],
+    out: &mut Text,
+) -> Result<Option<Wait>, Complaint> {
     let (options, names): (Vec<&str>, Vec<&str>) =
         arguments.iter().partition(|word| word.starts_with('-'));
     let json = match options[..] {
@@ -317,7 +353,7 @@ fn statistics(machine: &dyn Machine, arguments: &[&str], out: &mut Text) -> Resu
     }
     let hz = machine.ticks_per_second();
     if json {
-        return Ok(statistics_json(&guests, hz, out)?);
+        return at_once(statistics_json(&guests, hz, out));
     }
     for Guest { name, exits, .. } in &guests {
         match exits {
@@ -330,7 +366,7 @@ fn statistics(machine: &dyn Machine, arguments: &[&str], out: &mut Text) -> Resu
             Some(exits) => write!(out, "{name}:\n{}", exits.table())?,
         }
     }
-    Ok(())
+    Ok(None)
 }
 
 /// One line: an object with the `vms` that have started.
@@ -348,7 +384,11 @@ fn statistics_json(guests: &[Guest], hz: u64, out: &mut Text) -> fmt::Result {
     writeln!(out, "]}}")
 }
 
-fn steer(machine: &dyn Machine, arguments: &[&str], _: &mut Text) -> Result<(), Complaint> {
+fn steer(
+    machine: &dyn Machine,
+    arguments: &[&str],
+    _: &mut Text,
+) -> Result<Option<Wait>, Complaint> {
     let [name, action] = arguments else {
         return Err(wrong_arguments("vm"));
     };
@@ -358,6 +398,7 @@ fn steer(machine: &dyn Machine, arguments: &[&str], _: &mut Text) -> Result<(), 
     let index = index.ok_or_else(|| Complaint::NoGuest((*name).into()))?;
     machine
         .steer(index, action)
+        .map(|()| Some(Wait::Steered(index)))
         .map_err(|reason| Complaint::Refused((*name).into(), reason))
 }
 
@@ -411,6 +452,8 @@ mod tests {
                 hypervisor: 5 << 20,
                 guests: 256 << 20,
                 heap: (100 << 10, 4 << 20),
+                frames_free: 1234,
+                vpids: 2,
             }
         }
 
@@ -429,11 +472,17 @@ mod tests {
                 _ => Err("it does not run"),
             }
         }
+
+        fn is_settled(&self, guest: usize) -> bool {
+            guest == 1
+        }
     }
 
     #[test]
     fn guests_are_steered() {
         for line in [
+            "vm linux create",
+            "vm linux destroy",
             "vm linux stop",
             "vm linux pause",
             "vm linux resume",
@@ -441,13 +490,17 @@ mod tests {
         ] {
             assert!(lines(line).is_empty(), "{line}");
         }
+        let wait = Prompt(&Fake).answer("vm linux stop", &mut Text::new());
+        assert_eq!(wait, Some(Wait::Steered(0)));
+        assert!(!Prompt(&Fake).is_over(Wait::Steered(0)));
+        assert!(Prompt(&Fake).is_over(Wait::Steered(1)));
         assert_eq!(lines("vm linux start"), ["linux: it has not ended"]);
         assert_eq!(lines("vm b stop"), ["b: it does not run"]);
         assert_eq!(lines("vm c stop"), ["there is no guest c; vms lists them"]);
         for wrong in ["vm", "vm linux", "vm linux jump", "vm linux stop now"] {
             assert_eq!(
                 lines(wrong),
-                ["vm is written vm NAME start|stop|pause|resume|reset"]
+                ["vm is written vm NAME create|start|stop|pause|resume|reset|destroy"]
             );
         }
     }
@@ -488,7 +541,8 @@ mod tests {
                 "  2        6  left out; log says why",
             ]
         );
-        assert_eq!(lines("mem").len(), 5);
+        assert_eq!(lines("mem").len(), 7);
+        assert_eq!(lines("mem")[5], "frames            1234 free");
         assert_eq!(lines("mem")[3], "guests          262144 KiB");
         assert_eq!(lines("log"), ["one", "two"]);
     }

@@ -13,7 +13,7 @@ pub mod editor;
 pub mod multiplexer;
 mod text;
 
-use super::registry;
+use super::{guests, registry};
 use crate::arch::cpu::without_interrupts;
 use crate::host::memory::{self, heap};
 use crate::host::{console, cpus, time};
@@ -50,6 +50,11 @@ fn serve() {
 /// Shows a line of the log, without its end; false where there is no room for all of it.
 pub fn log(message: &str) -> bool {
     with(|multiplexer| multiplexer.log(message, &mut HostLine))
+}
+
+/// Something has happened that the prompt may wait for.
+pub fn attend() {
+    console::attend();
 }
 
 /// A guest's console is to have a number: its index, one less than that.
@@ -133,6 +138,8 @@ impl Machine for ThisMachine {
             hypervisor: memory::usage().saturating_sub(guests),
             guests,
             heap: (used as u64, (used + unused) as u64),
+            frames_free: free,
+            vpids: guests::vpids_in_use(),
         }
     }
 
@@ -147,5 +154,10 @@ impl Machine for ThisMachine {
     fn steer(&self, guest: usize, action: Action) -> Result<(), &'static str> {
         let guests = registry::all();
         guests.get(guest).ok_or("it is gone")?.steer(action)
+    }
+
+    fn is_settled(&self, guest: usize) -> bool {
+        let guests = registry::all();
+        guests.get(guest).is_none_or(|guest| guest.is_settled())
     }
 }

@@ -13,8 +13,10 @@
 //! that starts then.
 
 use super::Text;
+use super::commands::Wait;
 use super::editor::Editor;
 use crate::vm::console::ConsolePort;
+use alloc::collections::VecDeque;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -29,6 +31,10 @@ pub const ESCAPE: u8 = 0x14;
 pub const FILL: usize = 256;
 /// While so many bytes of answers wait, what is typed waits too.
 const ENOUGH_TEXT: usize = 4096;
+/// So many bytes may be typed while a command waits.
+const TYPED_AHEAD: usize = 1024;
+/// Ctrl-C: no longer waits.
+const CANCEL: u8 = 0x03;
 
 /// The operator's serial line.
 pub trait Line {
@@ -46,8 +52,10 @@ pub trait Line {
 
 /// Who answers the prompt's commands.
 pub trait Commands {
-    /// The answer to `line`, in whole lines.
-    fn answer(&self, line: &str, out: &mut Text);
+    /// The answer to `line`, in whole lines; what the next line waits for.
+    fn answer(&self, line: &str, out: &mut Text) -> Option<Wait>;
+    /// Whether that has come.
+    fn is_over(&self, wait: Wait) -> bool;
 }
 
 /// Who has the line.
@@ -75,6 +83,9 @@ pub struct Multiplexer {
     /// The last byte was [`ESCAPE`].
     escaped: bool,
     editor: Editor,
+    /// What the last command waits for; what is typed for the prompt meanwhile.
+    waits: Option<Wait>,
+    typed_ahead: VecDeque<u8>,
     /// Goes out before anything of a guest's.
     text: Text,
 }
@@ -87,6 +98,8 @@ impl Multiplexer {
             focus: Focus::Nobody,
             escaped: false,
             editor: Editor::new(),
+            waits: None,
+            typed_ahead: VecDeque::new(),
             text: Text::new(),
         }
     }
@@ -133,8 +146,16 @@ impl Multiplexer {
     pub fn serve(&mut self, line: &mut impl Line, commands: &impl Commands) {
         while self.focus != Focus::Nobody
             && self.text.len() < ENOUGH_TEXT
-            && let Some(byte) = line.read()
+            && self.typed_ahead.len() < TYPED_AHEAD
         {
+            self.wait(commands);
+            let ahead = match self.focus {
+                Focus::Prompt if self.waits.is_none() => self.typed_ahead.pop_front(),
+                _ => None,
+            };
+            let Some(byte) = ahead.or_else(|| line.read()) else {
+                break;
+            };
             self.typed(byte, commands);
         }
         self.fill(line);
@@ -160,9 +181,7 @@ impl Multiplexer {
         }
         self.text.push(message.as_bytes());
         self.text.push(b"\r\n");
-        if at_prompt {
-            self.editor.draw(&mut self.text);
-        }
+        self.draw();
         self.fill(line);
         true
     }
@@ -172,6 +191,21 @@ impl Multiplexer {
         self.text.is_empty()
     }
 
+    /// Goes on with the prompt when the last command is over.
+    fn wait(&mut self, commands: &impl Commands) {
+        if self.waits.is_some_and(|wait| commands.is_over(wait)) {
+            self.waits = None;
+            self.draw();
+        }
+    }
+
+    /// Shows the prompt again, where it is to be seen.
+    fn draw(&mut self) {
+        if self.focus == Focus::Prompt && self.waits.is_none() {
+            self.editor.draw(&mut self.text);
+        }
+    }
+
     fn typed(&mut self, byte: u8, commands: &impl Commands) {
         if core::mem::take(&mut self.escaped) {
             return self.command_key(byte);
@@ -179,10 +213,18 @@ impl Multiplexer {
         match self.focus {
             _ if byte == ESCAPE => self.escaped = true,
             Focus::Nobody => {}
+            Focus::Prompt if self.waits.is_some() && byte == CANCEL => {
+                self.waits = None;
+                self.typed_ahead.clear();
+                self.draw();
+            }
+            Focus::Prompt if self.waits.is_some() => self.typed_ahead.push_back(byte),
             Focus::Prompt => {
                 if let Some(line) = self.editor.push(byte, &mut self.text) {
-                    commands.answer(&line, &mut self.text);
-                    self.editor.draw(&mut self.text);
+                    self.waits = commands.answer(&line, &mut self.text);
+                    if self.waits.is_none() {
+                        self.draw();
+                    }
                 }
             }
             // As with a UART, what a guest does not read in time is lost.
@@ -256,18 +298,14 @@ impl Multiplexer {
                 "\nvireo: console 0: the hypervisor's prompt; help lists its commands"
             ),
         };
-        if focus == Focus::Prompt {
-            self.editor.draw(text);
-        }
+        self.draw();
     }
 
     /// Tells the operator something, whoever has the line.
     fn say(&mut self, what: core::fmt::Arguments<'_>) {
         // As above.
         let _ = writeln!(self.text, "\nvireo: {what}");
-        if self.focus == Focus::Prompt {
-            self.editor.draw(&mut self.text);
-        }
+        self.draw();
     }
 
     /// Gives the line what there is for it.

@@ -36,12 +36,20 @@ impl Line for Wire {
     }
 }
 
-/// Says what it was asked.
-struct Echo;
+/// Says what it was asked. What begins with "wait" takes until somebody says that it is over.
+#[derive(Default)]
+struct Echo {
+    over: bool,
+}
 
 impl Commands for Echo {
-    fn answer(&self, line: &str, out: &mut Text) {
+    fn answer(&self, line: &str, out: &mut Text) -> Option<Wait> {
         let _ = writeln!(out, "asked: {line}");
+        line.starts_with("wait").then_some(Wait::Steered(0))
+    }
+
+    fn is_over(&self, _: Wait) -> bool {
+        self.over
     }
 }
 
@@ -49,6 +57,7 @@ impl Commands for Echo {
 struct Desk {
     multiplexer: Multiplexer,
     wire: Wire,
+    commands: Echo,
     ports: Vec<Arc<ConsolePort>>,
 }
 
@@ -72,7 +81,7 @@ impl Desk {
     }
 
     fn serve(&mut self) {
-        self.multiplexer.serve(&mut self.wire, &Echo);
+        self.multiplexer.serve(&mut self.wire, &self.commands);
     }
 
     fn type_in(&mut self, keys: &[u8]) {
@@ -209,6 +218,31 @@ fn a_flood_of_commands_waits_for_the_line() {
     assert!(!desk.wire.typed.is_empty());
     assert!(desk.multiplexer.text.len() < 2 * ENOUGH_TEXT);
     assert_eq!(desk.shown().matches("asked: abcdefgh\r\n").count(), 2000);
+}
+
+#[test]
+fn a_command_is_over_before_the_next_is_read() {
+    let mut desk = Desk::running(&["a"]);
+    desk.type_in(b"\x14p");
+    desk.shown();
+    desk.type_in(b"wait 1\rnext\r");
+    assert_eq!(desk.shown(), "wait 1\r\nasked: wait 1\r\n");
+    assert!(desk.multiplexer.log("vireo: event", &mut desk.wire));
+    assert_eq!(desk.shown(), "\r\x1b[Kvireo: event\r\n");
+    // The guest's keys are not held back.
+    desk.type_in(b"\x141key\x14p");
+    assert_eq!(desk.read(0), b"key");
+    desk.shown();
+    desk.commands.over = true;
+    desk.serve();
+    let prompt = "\rvireo> \x1b[K";
+    assert_eq!(
+        desk.shown(),
+        format!("{prompt}next\r\nasked: next\r\n{prompt}")
+    );
+    desk.commands.over = false;
+    desk.type_in(b"wait 2\rlost\r\x03");
+    assert_eq!(desk.shown(), format!("wait 2\r\nasked: wait 2\r\n{prompt}"));
 }
 
 #[derive(Clone, Debug)]
