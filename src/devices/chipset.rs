@@ -13,6 +13,7 @@
 mod interrupts;
 
 pub use super::Request;
+use super::fw_cfg::{self, FwCfg, Progress};
 use super::i8042::I8042;
 use super::pci::ConfigPorts;
 use super::pit::Pit;
@@ -34,12 +35,14 @@ const COM1_LAST: u16 = pc::COM1 + 7;
 const SMI_STATUS: u16 = pc::SMI_COMMAND + 1;
 const PM_LAST: u16 = pc::PM_BASE + pc::PM_LENGTH - 1;
 const PCI_DATA_LAST: u16 = pc::PCI_DATA + 3;
+const FW_CFG_DMA_LOW: u16 = pc::FW_CFG_DMA + 4;
+const FW_CFG_DMA_LAST: u16 = pc::FW_CFG_DMA + 7;
 const DEBUG_EXIT_LAST: u16 = pc::DEBUG_EXIT + 3;
 const TEST_ECHO_LAST: u16 = pc::TEST_ECHO + 3;
 const TEST_LINES_LAST: u16 = pc::TEST_LINES + ioapic::PINS as u16 - 1;
 
 /// What differs from PC to PC.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct ChipsetConfig {
     /// What the real-time clock shows at first: seconds since 1970, UTC.
     pub wall_clock: u64,
@@ -51,6 +54,8 @@ pub struct ChipsetConfig {
     pub io_apic_id: u8,
     /// It has the device of [`super::test`].
     pub test_device: bool,
+    /// What it can ask for.
+    pub fw_cfg: FwCfg,
 }
 
 /// What the result of an access to one byte-wide port is.
@@ -71,6 +76,7 @@ pub struct Chipset {
     i8042: I8042,
     system: SystemPorts,
     pci: ConfigPorts,
+    fw_cfg: FwCfg,
     test: Option<TestDevice>,
     /// The earliest of its devices.
     deadline: Ticks,
@@ -96,6 +102,7 @@ impl Chipset {
             i8042: I8042::default(),
             system: SystemPorts::default(),
             pci: ConfigPorts::default(),
+            fw_cfg: config.fw_cfg.clone(),
             test: config.test_device.then(TestDevice::default),
             deadline: Ticks(u64::MAX),
             unclaimed: 0,
@@ -182,6 +189,17 @@ impl Chipset {
             (pc::PCI_DATA..=PCI_DATA_LAST, _) => {
                 claimed(self.pci.write_data((port - pc::PCI_DATA) as u8))
             }
+            (pc::FW_CFG_SELECTOR, Width::Word) => {
+                self.fw_cfg.select(value as u16);
+                Write::Done
+            }
+            (pc::FW_CFG_DMA, Width::Dword) => {
+                self.fw_cfg.set_request_high(value);
+                Write::Done
+            }
+            (FW_CFG_DMA_LOW, Width::Dword) => {
+                Write::Asks(Request::Transfer(self.fw_cfg.request(value)))
+            }
             (pc::DEBUG_EXIT..=DEBUG_EXIT_LAST, _) => Write::Asks(Request::Exit(value)),
             (pc::TEST_UNMAP, Width::Dword) if self.test.is_some() => {
                 Write::Asks(Request::Unmap(Gpa(value.into())))
@@ -200,6 +218,11 @@ impl Chipset {
     #[inline]
     pub fn io_apic_write(&mut self, offset: u64, width: Width, value: u64) {
         self.interrupts.write_io_apic(offset, width, value);
+    }
+
+    /// Does a piece of what [`Request::Transfer`] asks for.
+    pub fn transfer(&mut self, request: Gpa, memory: &impl fw_cfg::Memory) -> Progress {
+        self.fw_cfg.transfer(request, memory)
     }
 
     /// Reads memory of the guest's bus that a device here has.
@@ -370,6 +393,8 @@ impl Chipset {
             pc::PM_BASE..=PM_LAST => self.read_pm(now, port, Width::Byte) as u8,
             // By this a guest tells that it is there.
             pc::DEBUG_CONSOLE => pc::DEBUG_CONSOLE as u8,
+            pc::FW_CFG_DATA => self.fw_cfg.read(),
+            pc::FW_CFG_DMA..=FW_CFG_DMA_LAST => FwCfg::signature(port - pc::FW_CFG_DMA),
             pc::TEST_ECHO..=TEST_ECHO_LAST => *self.test.as_mut()?.echo(port - pc::TEST_ECHO),
             _ => return None,
         })

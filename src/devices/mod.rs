@@ -9,6 +9,7 @@
 pub mod chipset;
 pub mod clock;
 pub mod fifo;
+pub mod fw_cfg;
 pub mod i8042;
 pub mod ioapic;
 pub mod line;
@@ -42,6 +43,8 @@ pub enum Request {
     /// The guest's console has more to show. Where `taken` is false there was no room for
     /// the byte: it is to be written again.
     Console { taken: bool },
+    /// [`fw_cfg`] has a transfer to do, which is described here.
+    Transfer(Gpa),
     /// The page at this address is to be unmapped.
     Unmap(Gpa),
 }

@@ -64,6 +64,13 @@ pub const DEBUG_EXIT: u16 = 0xf4;
 /// What is written here is shown on the guest's console (Bochs's and QEMU's debug console).
 pub const DEBUG_CONSOLE: u16 = 0xe9;
 
+/// Selects an item of [`super::fw_cfg`], in 16 bits.
+pub const FW_CFG_SELECTOR: u16 = 0x510;
+/// Its bytes.
+pub const FW_CFG_DATA: u16 = 0x511;
+/// Where a transfer is described: the upper half, then the lower one, which begins it.
+pub const FW_CFG_DMA: u16 = 0x514;
+
 /// Four ports that read as they were last written ([`super::test`]).
 pub const TEST_ECHO: u16 = 0xe0;
 /// Unmaps the page whose address is written.

@@ -16,6 +16,7 @@ use crate::host::time;
 use crate::vcpu::{End, SetupError, Vcpu};
 use crate::vm::acpi;
 use crate::vm::boot::{self, BootError, EntryState, Images, Machine, Module, multiboot};
+use crate::vm::fw_cfg;
 use crate::vm::machine::{Host, Vm};
 use crate::vm::memory::{GuestMemory, OutOfSlot};
 use crate::vm::memory_map::MemoryMap;
@@ -343,6 +344,7 @@ impl Loaded {
             ram_above_4g: map.ram_above_4g(),
             io_apic_id: config.vcpus as u8,
             test_device: config.test_device,
+            fw_cfg: fw_cfg::describe(&map, config.vcpus, None),
         };
         let width = address_width();
         let vm = Vm::new(

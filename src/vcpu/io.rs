@@ -5,6 +5,7 @@ use super::run::End;
 use super::{Attention, Vcpu};
 use crate::addr::{Gpa, Gva};
 use crate::arch::registers::{GeneralRegisters, LightRegisters};
+use crate::devices::fw_cfg::Progress;
 use crate::devices::{Width, chipset::Request, pc};
 use crate::host::console;
 use crate::vmx::exit::IoAccess;
@@ -138,6 +139,11 @@ impl Vcpu {
             Request::Console { taken } => {
                 self.attend_to(Attention::CONSOLE);
                 return taken;
+            }
+            Request::Transfer(request) => {
+                let vm = Arc::clone(&self.vm);
+                let progress = self.with_chipset(|chipset| chipset.transfer(request, &vm.memory));
+                return progress == Progress::Done;
             }
             Request::Unmap(gpa) => self.unmap_page(gpa),
         }

@@ -22,41 +22,154 @@ const TABLE: [u8; 8] = *b"VIREOPC ";
 const LOCAL_APIC: u32 = 0xfee0_0000;
 const HEADER: u32 = 36;
 
+/// All tables but the root pointer behind each other, with addresses that count from the first
+/// one's, and the root pointer likewise; and what has to be done where they are put.
+#[derive(Clone, Debug, Default)]
+pub struct Tables {
+    pub tables: Vec<u8>,
+    pub rsdp: Vec<u8>,
+    pub fixes: Vec<Fix>,
+}
+
+/// Which part of [`Tables`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    Tables,
+    RootPointer,
+}
+
+/// What is to be done to a part, once the tables have their place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fix {
+    /// Adds the address of the tables to the number of `size` bytes at `offset`.
+    Pointer { part: Part, offset: u32, size: u8 },
+    /// Makes the bytes add up to 0 by that at `offset`.
+    Checksum {
+        part: Part,
+        offset: u32,
+        start: u32,
+        len: u32,
+    },
+}
+
+/// The alignment of the tables, which is the FACS's.
+pub const TABLES_ALIGN: u32 = 64;
+/// Offset of the checksum in a table.
+const CHECKSUM: usize = 9;
+
 /// Writes the tables for `vcpus` processors; where the root pointer is.
 ///
 /// # Errors
 /// When the guest has no memory there.
 pub fn write(memory: &GuestMemory, vcpus: u32) -> Result<Gpa, OutOfSlot> {
     let rsdp = Gpa(TABLES_START);
-    let mut writer = Writer {
-        memory,
-        next: TABLES_START + 64,
-    };
-    let facs = writer.put(&bytes(&FACS::new()))?;
-    let dsdt = writer.put(dsdt().as_slice())?;
-    let fadt = writer.put(fadt(facs, dsdt).as_slice())?;
-    let madt = writer.put(madt(vcpus).as_slice())?;
-
-    let mut xsdt = Sdt::new(*b"XSDT", HEADER, 1, OEM, TABLE, 1);
-    xsdt.append(fadt);
-    xsdt.append(madt);
-    let xsdt = writer.put(xsdt.as_slice())?;
-    memory.write(rsdp, &bytes(&Rsdp::new(OEM, xsdt)))?;
+    let start = TABLES_START + u64::from(TABLES_ALIGN);
+    let mut all = Tables::new(vcpus);
+    for fix in core::mem::take(&mut all.fixes) {
+        all.fix(fix, start);
+    }
+    memory.write(Gpa(start), &all.tables)?;
+    memory.write(rsdp, &all.rsdp)?;
     Ok(rsdp)
 }
 
-struct Writer<'a> {
-    memory: &'a GuestMemory,
-    next: u64,
-}
+impl Tables {
+    /// Those for `vcpus` processors.
+    pub fn new(vcpus: u32) -> Self {
+        let mut all = Self::default();
+        let facs = all.put(&bytes(&FACS::new()));
+        let table = dsdt();
+        let dsdt = all.put(table.as_slice());
+        let table = fadt(facs, dsdt);
+        let fadt = all.put_table(&table, &[(36, 4), (40, 4), (140, 8)]);
+        let madt = all.put(madt(vcpus).as_slice());
 
-impl Writer<'_> {
-    /// Puts a table at the next 64-byte boundary, as the FACS needs it.
-    fn put(&mut self, table: &[u8]) -> Result<u64, OutOfSlot> {
-        let start = self.next;
-        self.memory.write(Gpa(start), table)?;
-        self.next = (start + table.len() as u64).next_multiple_of(64);
-        Ok(start)
+        let mut xsdt = Sdt::new(*b"XSDT", HEADER, 1, OEM, TABLE, 1);
+        xsdt.append(fadt);
+        xsdt.append(madt);
+        let xsdt = all.put_table(&xsdt, &[(36, 8), (44, 8)]);
+        all.rsdp = bytes(&Rsdp::new(OEM, xsdt));
+        all.point(Part::RootPointer, 24, 8);
+        // The first revision's bytes, then all (5.2.5.3).
+        for (offset, len) in [(8, 20), (32, 36)] {
+            all.sum(Part::RootPointer, offset, 0, len);
+        }
+        all
+    }
+
+    /// Puts a table at the next boundary; where it is.
+    fn put(&mut self, table: &[u8]) -> u64 {
+        let start = self.tables.len().next_multiple_of(TABLES_ALIGN as usize);
+        self.tables.resize(start, 0);
+        self.tables.extend_from_slice(table);
+        start as u64
+    }
+
+    /// The same with one that has `pointers` (offset and size) to others.
+    fn put_table(&mut self, table: &Sdt, pointers: &[(u32, u8)]) -> u64 {
+        let start = self.put(table.as_slice());
+        for &(offset, size) in pointers {
+            self.point(Part::Tables, start as u32 + offset, size);
+        }
+        let len = table.as_slice().len() as u32;
+        self.sum(
+            Part::Tables,
+            start as u32 + CHECKSUM as u32,
+            start as u32,
+            len,
+        );
+        start
+    }
+
+    fn point(&mut self, part: Part, offset: u32, size: u8) {
+        self.fixes.push(Fix::Pointer { part, offset, size });
+    }
+
+    /// Whoever makes the sum may expect that there is none.
+    fn sum(&mut self, part: Part, offset: u32, start: u32, len: u32) {
+        self.fixes.push(Fix::Checksum {
+            part,
+            offset,
+            start,
+            len,
+        });
+        if let Some(byte) = self.part(part).get_mut(offset as usize) {
+            *byte = 0;
+        }
+    }
+
+    const fn part(&mut self, part: Part) -> &mut Vec<u8> {
+        match part {
+            Part::Tables => &mut self.tables,
+            Part::RootPointer => &mut self.rsdp,
+        }
+    }
+
+    fn fix(&mut self, fix: Fix, address: u64) {
+        match fix {
+            Fix::Pointer { part, offset, size } => {
+                let field = self.part(part).iter_mut().skip(offset as usize);
+                let mut carry = 0;
+                for (byte, add) in field.zip(address.to_le_bytes()).take(size.into()) {
+                    let sum = u16::from(*byte) + u16::from(add) + carry;
+                    *byte = sum as u8;
+                    carry = sum >> 8;
+                }
+            }
+            Fix::Checksum {
+                part,
+                offset,
+                start,
+                len,
+            } => {
+                let part = self.part(part);
+                let range = part.iter().skip(start as usize).take(len as usize);
+                let sum = range.fold(0u8, |sum, byte| sum.wrapping_add(*byte));
+                if let Some(byte) = part.get_mut(offset as usize) {
+                    *byte = byte.wrapping_sub(sum);
+                }
+            }
+        }
     }
 }
 
@@ -211,12 +324,12 @@ mod tests {
     use crate::addr::Hpa;
     use crate::vm::memory_map::MemoryMap;
 
-    struct Tables {
+    struct Placed {
         ram: Vec<u8>,
         rsdp: usize,
     }
 
-    impl Tables {
+    impl Placed {
         fn new(vcpus: u32) -> Self {
             let mut ram = vec![0; 2 << 20];
             let map = MemoryMap::new(Hpa(ram.as_mut_ptr() as u64), 2 << 20);
@@ -250,7 +363,7 @@ mod tests {
 
     #[test]
     fn every_table_is_reached_and_sums_to_zero() {
-        let tables = Tables::new(1);
+        let tables = Placed::new(1);
         assert_eq!(&tables.ram[tables.rsdp..][..8], b"RSD PTR ");
         let sum = tables.ram[tables.rsdp..][..36]
             .iter()
@@ -267,7 +380,7 @@ mod tests {
     #[test]
     fn the_processors_are_counted() {
         for vcpus in [1, 4, 300] {
-            let tables = Tables::new(vcpus);
+            let tables = Placed::new(vcpus);
             let madt = tables.table(tables.found_in_xsdt(1), b"APIC");
             let mut at = 44;
             let mut kinds = [0u32; 10];
@@ -293,7 +406,7 @@ mod tests {
 
     #[test]
     fn the_fadt_names_the_ports_that_the_devices_answer() {
-        let tables = Tables::new(1);
+        let tables = Placed::new(1);
         let fadt = tables.table(tables.found_in_xsdt(0), b"FACP");
         let number = |offset: usize, len: usize| {
             (0..len)
@@ -344,7 +457,7 @@ mod tests {
 
     #[test]
     fn the_madt_routes_timer_sci_and_nmi() {
-        let tables = Tables::new(2);
+        let tables = Placed::new(2);
         let madt = tables.table(tables.found_in_xsdt(1), b"APIC");
         let mut rest = &madt[44..];
         let mut entries = Vec::new();
@@ -403,7 +516,7 @@ mod tests {
     #[test]
     fn the_tables_stay_in_the_reserved_area() {
         for vcpus in [1, 255, 1024] {
-            let ram = Tables::new(vcpus).ram;
+            let ram = Placed::new(vcpus).ram;
             assert!(
                 ram[..0xe_0000]
                     .iter()

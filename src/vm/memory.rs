@@ -4,8 +4,9 @@
 //! reference to it: bytes are copied in and out. This is the one place above
 //! `vmx` with `unsafe` code.
 
-use super::slots::Slots;
+use super::slots::{SlotKind, Slots};
 use crate::addr::Gpa;
+use crate::devices::fw_cfg;
 use core::fmt;
 use core::ptr::{self, NonNull};
 
@@ -22,6 +23,23 @@ impl fmt::Display for OutOfSlot {
 }
 
 impl core::error::Error for OutOfSlot {}
+
+impl fw_cfg::Memory for GuestMemory {
+    fn read(&self, from: Gpa, bytes: &mut [u8]) -> bool {
+        self.read(from, bytes).is_ok()
+    }
+
+    /// As the guest writes: not ROM.
+    fn write(&self, to: Gpa, bytes: &[u8]) -> bool {
+        let is_ram = |gpa: Gpa| {
+            self.slots
+                .find(gpa)
+                .is_none_or(|slot| slot.kind == SlotKind::Ram)
+        };
+        let last = to.wrapping_add((bytes.len() as u64).saturating_sub(1));
+        is_ram(to) && is_ram(last) && self.write(to, bytes).is_ok()
+    }
+}
 
 /// The memory of one guest, as the hypervisor reaches it.
 #[derive(Clone, Debug)]

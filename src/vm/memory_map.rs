@@ -16,7 +16,8 @@ pub const TABLES_START: u64 = 0xe_0000;
 pub const HIGH_RAM: u64 = 0x10_0000;
 /// Where memory below 4 GiB ends at the latest: devices follow.
 pub const LOW_RAM_LIMIT: u64 = 0xc000_0000;
-const FOUR_GIB: u64 = 1 << 32;
+/// Where memory goes on behind the devices.
+pub const FOUR_GIB: u64 = 1 << 32;
 
 /// A kind of address range, with its number in an E820 map (ACPI 6.5, table 15.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,6 +4,7 @@ pub mod acpi;
 pub mod boot;
 pub mod console;
 pub mod control;
+pub mod fw_cfg;
 pub mod machine;
 pub mod memory;
 pub mod memory_map;

@@ -15,6 +15,7 @@ fn chipset() -> Chipset {
             ram_above_4g: 0,
             io_apic_id: 1,
             test_device: true,
+            fw_cfg: FwCfg::default(),
         },
     )
 }
@@ -228,9 +229,9 @@ fn channel_2_is_seen_in_port_0x61() {
     assert!((now.0 - NOW.0).abs_diff(HZ / 100) < 3000);
 }
 
-const PORTS: [u16; 24] = [
+const PORTS: [u16; 27] = [
     0x20, 0x21, 0xa0, 0x40, 0x42, 0x43, 0x60, 0x61, 0x64, 0x70, 0x71, 0x92, 0x3f8, 0x3f9, 0x3fa,
-    0x3fb, 0x3fc, 0x600, 0x602, 0xcf8, 0xe0, 0xe9, 0xf4, 0x200e,
+    0x3fb, 0x3fc, 0x600, 0x602, 0xcf8, 0xe0, 0xe9, 0xf4, 0x200e, 0x510, 0x511, 0x518,
 ];
 
 #[test]
@@ -294,6 +295,26 @@ fn the_test_device_drives_lines_and_remembers() {
     chipset.memory_write(Gpa(0xff00_fffe), Width::Word, 0x1234);
     assert_eq!(chipset.memory_read(Gpa(0xff00_ffff), Width::Byte), 0x12);
     assert_eq!(chipset.memory_read(Gpa(0xff01_0000), Width::Byte), 0xff);
+}
+
+#[test]
+fn fw_cfg_is_selected_by_a_word_and_asked_for_transfers_by_two() {
+    let mut chipset = chipset();
+    chipset.port_write(NOW, 0x510, Width::Word, 0);
+    let mut byte = |port| chipset.port_read(NOW, port, Width::Byte);
+    assert_eq!(
+        [byte(0x511), byte(0x511)],
+        [u32::from(b'Q'), u32::from(b'E')]
+    );
+    assert_eq!(
+        chipset.port_read(NOW, 0x514, Width::Dword),
+        u32::from_le_bytes(*b"QEMU")
+    );
+    chipset.port_write(NOW, 0x514, Width::Dword, 0x0100_0000);
+    assert_eq!(
+        chipset.port_write(NOW, 0x518, Width::Dword, 0x7856_3412),
+        Some(Request::Transfer(Gpa(0x1_1234_5678)))
+    );
 }
 
 #[test]

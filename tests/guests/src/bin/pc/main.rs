@@ -5,6 +5,7 @@
 mod control;
 mod cpuid;
 mod faults;
+mod fw_cfg;
 mod initial;
 mod interrupts;
 mod io_apic;
@@ -30,4 +31,5 @@ fn run() {
     uart::check_all();
     io_apic::check_all();
     mmio::check_all();
+    fw_cfg::check_all();
 }
