@@ -15,6 +15,7 @@ use crate::vm::console::ConsolePort;
 use crate::vm::control::{Control, Request};
 use crate::vmx::apic::ApicTier;
 use crate::vmx::entry::Statistics;
+use crate::vmx::trace::Traced;
 use alloc::boxed::Box;
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
@@ -54,8 +55,15 @@ enum Life {
     /// It runs no more, or never did. What it was is there where it ran.
     Ended {
         how: String,
-        was: Option<(ApicTier, Box<Exits>)>,
+        was: Option<Box<Past>>,
     },
+}
+
+/// What is remembered of a guest that ran.
+struct Past {
+    tier: ApicTier,
+    exits: Exits,
+    trace: Vec<Traced>,
 }
 
 /// What a guest's CPU is to do.
@@ -118,6 +126,14 @@ impl Life {
 impl Running {
     fn exits(&self) -> Exits {
         Exits::new(&self.statistics.counts(), self.statistics.times())
+    }
+
+    fn past(&self) -> Past {
+        Past {
+            tier: self.tier,
+            exits: self.exits(),
+            trace: self.statistics.trace(),
+        }
     }
 }
 
@@ -369,7 +385,7 @@ impl Guest {
         let before = self.with(|life| {
             let (was, destroyed) = match life {
                 Life::Running(running) => (
-                    Some((running.tier, Box::new(running.exits()))),
+                    Some(Box::new(running.past())),
                     running.then == Then::Destroy,
                 ),
                 _ => (None, false),
@@ -383,6 +399,15 @@ impl Guest {
         });
         drop(before);
         console::ended(self.index);
+    }
+
+    /// Its last exits, the oldest first; until it has started, none.
+    pub fn trace(&self) -> Vec<Traced> {
+        self.with(|life| match life {
+            Life::Running(running) => running.statistics.trace(),
+            Life::Ended { was: Some(was), .. } => was.trace.clone(),
+            _ => Vec::new(),
+        })
     }
 
     /// As it is now.
@@ -404,8 +429,9 @@ impl Guest {
                 Some(running.exits()),
             ),
             Life::Ended { how, was } => {
-                let (tier, exits) = was.clone().unzip();
-                (how.clone(), tier, None, exits.map(|exits| *exits))
+                let was = was.as_ref();
+                let exits = was.map(|was| was.exits.clone());
+                (how.clone(), was.map(|was| was.tier), None, exits)
             }
         });
         commands::Guest {

@@ -9,7 +9,7 @@ use crate::arch::registers::{GeneralRegisters, LightRegisters};
 use crate::host::interrupts;
 use crate::vmx::entry::{Guest, LightTable, Next};
 use crate::vmx::exit::{Exit, InterruptionInfo};
-use crate::vmx::vmcs::{guest, information};
+use crate::vmx::vmcs::{Vmcs, guest, information};
 
 /// What KVM answers to a hypercall that it does not have: -KVM_ENOSYS.
 const NO_SUCH_HYPERCALL: u64 = -1000i64 as u64;
@@ -27,6 +27,10 @@ impl Guest for Vcpu {
 
     fn attend(&mut self) -> Next {
         self.look_around()
+    }
+
+    fn vmcs(&self) -> &Vmcs {
+        &self.vmcs
     }
 }
 

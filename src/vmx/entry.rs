@@ -12,7 +12,7 @@
 //! ```
 //!
 //! An exit takes one of two ways. The stub stores the ten registers that
-//! compiled code may change, counts the exit by its reason and calls the *light*
+//! compiled code may change, counts and remembers the exit by its reason ([`super::trace`]) and calls the *light*
 //! handler of that reason: a table of functions that see RAX, RBX, RCX and RDX, or by
 //! way of [`with_all`] all but RSP. Mostly that was all, and the ten are loaded again.
 //! Where the light handler says so, the other five are stored too and the *heavy*
@@ -38,13 +38,15 @@
 
 use super::exit_reason::REASONS;
 use super::exit_times::ExitTimes;
-use super::vmcs::{Vmcs, host, information};
+use super::trace::{Place, Recorder, Traced};
+use super::vmcs::{Vmcs, guest, host, information};
 use crate::arch::cpu::rdtsc;
 use crate::arch::registers::{GeneralRegisters, LightRegisters};
 use crate::host::memory::paging::MapError;
 use crate::host::memory::stack::Stack;
 use alloc::collections::TryReserveError;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::arch::naked_asm;
 use core::marker::PhantomData;
 use core::mem::offset_of;
@@ -100,6 +102,9 @@ pub trait Guest: Sized + 'static {
 
     /// Called where a light handler has answered and wants the run to be left, perhaps.
     fn attend(&mut self) -> Next;
+
+    /// The current VMCS.
+    fn vmcs(&self) -> &Vmcs;
 }
 
 /// What a light handler says: [`Verdict::RESUME`], [`Verdict::HEAVY`], or anything
@@ -200,6 +205,14 @@ impl<G: Guest> Statistics<G> {
         // an aligned store of eight bytes.
         let counts = unsafe { &(*self.shared.frame()).counts };
         counts.each_ref().map(|count| count.load(Ordering::Relaxed))
+    }
+
+    /// The last exits, the oldest first.
+    pub fn trace(&self) -> Vec<Traced> {
+        let total = self.counts().iter().sum();
+        // SAFETY: as in `Entry::registers`; atomics are shared, and the exit stub stores bytes.
+        let recorder = unsafe { &(*self.shared.frame()).trace };
+        recorder.exits(total)
     }
 
     /// What exits took while that was recorded; `None` if it never was.
@@ -334,6 +347,14 @@ unsafe extern "C" fn answer<G: Guest>(frame: *mut Frame, verdict: Verdict) -> Ne
     let (guest, registers) =
         unsafe { (&mut *(*frame).context.cast::<G>(), &mut (*frame).registers) };
     if verdict == Verdict::HEAVY {
+        let vmcs = guest.vmcs();
+        let place = Place {
+            rip: vmcs.read_basic(guest::RIP),
+            qualification: vmcs.read_basic(information::EXIT_QUALIFICATION),
+            ticks: rdtsc(),
+        };
+        // SAFETY: the caller's promise; atomics are shared.
+        unsafe { &(*frame).trace }.heavy(place);
         guest.exit(registers)
     } else {
         guest.attend()
@@ -379,6 +400,7 @@ struct Frame {
     /// Those of [`Shared`], once they are wanted.
     times: AtomicPtr<ExitTimes>,
     unfinished: Unfinished,
+    trace: Recorder,
 }
 
 /// An exit that is timed and has not ended.
@@ -394,6 +416,8 @@ const HANDLER: usize = offset_of!(Frame, handler);
 const LIGHT: usize = offset_of!(Frame, light);
 const CONTEXT: usize = offset_of!(Frame, context);
 const COUNTS: usize = offset_of!(Frame, counts);
+const NEXT: usize = offset_of!(Frame, trace.next);
+const LAST: usize = offset_of!(Frame, trace.reasons);
 const RUN_RSP: usize = offset_of!(Frame, run_rsp);
 /// As seen when the register block is popped.
 const RUN_RSP_BEHIND: usize = RUN_RSP - BLOCK;
@@ -440,6 +464,9 @@ unsafe extern "C" fn exit_stub() {
         // Failed entries have bit 31 set, and basic reasons whose handler looks for it.
         "and eax, {reasons} - 1",
         "inc qword ptr [rsp + 8 * rax + {counts}]",
+        "movzx ecx, byte ptr [rsp + {next}]",
+        "mov [rsp + rcx + {last}], al",
+        "inc byte ptr [rsp + {next}]",
         #[cfg(feature = "count-vmcs")]
         "push rax; push rax; mov edi, eax; call {counted}; pop rax; pop rax",
         "mov rdi, [rsp + {context}]",
@@ -466,6 +493,8 @@ unsafe extern "C" fn exit_stub() {
         reason = const information::EXIT_REASON.encoding(),
         reasons = const REASONS,
         counts = const COUNTS,
+        next = const NEXT,
+        last = const LAST,
         context = const CONTEXT,
         light = const LIGHT,
         #[cfg(feature = "count-vmcs")]

@@ -2,7 +2,7 @@
 //!
 //! [`operation`] switches VMX on with the [`controls`] that the
 //! [`capability`] MSRs allow; a [`vmcs`] is built from typed fields; [`entry`]
-//! is the way into the guest and back; [`mod@exit`] decodes why it came back, [`exit_times`] how long that took.
+//! is the way into the guest and back; [`mod@exit`] decodes why it came back, [`exit_times`] how long that took, [`trace`] which were the last.
 //! [`ept`], [`vpid`], [`bitmap`] and [`memory_type`] are the tables that the
 //! hardware reads, [`apic`] is what it does of a local APIC; [`live_state`] is what it never switches; [`check`] and [`error`] say what was wrong when it refuses.
 
@@ -24,5 +24,6 @@ pub mod host_state;
 pub mod live_state;
 pub mod memory_type;
 pub mod operation;
+pub mod trace;
 pub mod vmcs;
 pub mod vpid;

@@ -32,7 +32,7 @@ cpus = [1]
 "#;
 
 /// What is waited for, and what is typed then.
-const TYPED: [(&str, &str); 21] = [
+const TYPED: [(&str, &str); 22] = [
     ("echo: ready", "\x141"),
     // Ctrl-T twice is one for the guest.
     ("console 1: first", "one\x14\x14two\r"),
@@ -49,7 +49,8 @@ const TYPED: [(&str, &str); 21] = [
     // Its end is cut off, and what is typed then too.
     ("]}]}", "\x1b[A\x17\x7f\x15mem x\x15 mem\x01\x0bcpus\r"),
     ("runs second", "log\r"),
-    ("vm first: started", "\x147"),
+    ("vm first: started", "trace first\r"),
+    ("\n -31  ", "\x147"),
     ("there is no guest 7", "help\r"),
     ("Ctrl-T n", "\x141"),
     // The scroll-back; and what was typed before is still there.

@@ -3,6 +3,8 @@
 use super::Text;
 use super::multiplexer::Commands;
 use crate::monitor::statistics::Exits;
+use crate::vmx::exit_reason;
+use crate::vmx::trace::Traced;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt::{self, Write};
@@ -16,6 +18,10 @@ pub trait Machine {
     fn memory(&self) -> Memory;
     /// Ticks a second of the time-stamp counter.
     fn ticks_per_second(&self) -> u64;
+    /// The time-stamp counter.
+    fn now(&self) -> u64;
+    /// The last VM exits of the guest with this index, the oldest first.
+    fn trace(&self, guest: usize) -> Vec<Traced>;
     /// The log's lines, as far as they are still there.
     fn log(&self) -> String;
     /// Has the guest with this index do that.
@@ -120,7 +126,10 @@ struct Command {
     run: Answer,
 }
 
-const COMMANDS: [Command; 7] = [
+/// Exits that are shown where nobody says how many.
+const TRACE: usize = 32;
+
+const COMMANDS: [Command; 8] = [
     Command {
         name: "vms",
         arguments: "",
@@ -144,6 +153,12 @@ const COMMANDS: [Command; 7] = [
         arguments: "[NAME] [--json]",
         help: "VM exits by reason, of one guest or of all",
         run: statistics,
+    },
+    Command {
+        name: "trace",
+        arguments: "NAME [COUNT]",
+        help: "the last VM exits, 32 or COUNT of them",
+        run: trace,
     },
     Command {
         name: "mem",
@@ -384,6 +399,55 @@ fn statistics_json(guests: &[Guest], hz: u64, out: &mut Text) -> fmt::Result {
     writeln!(out, "]}}")
 }
 
+fn trace(
+    machine: &dyn Machine,
+    arguments: &[&str],
+    out: &mut Text,
+) -> Result<Option<Wait>, Complaint> {
+    let wrong = || wrong_arguments("trace");
+    let (name, count) = match *arguments {
+        [name] => (name, TRACE),
+        [name, count] => (name, count.parse().map_err(|_| wrong())?),
+        _ => return Err(wrong()),
+    };
+    let exits = machine.trace(index_of(machine, name)?);
+    let (now, hz) = (machine.now(), machine.ticks_per_second());
+    let shown = &exits[exits.len().saturating_sub(count)..];
+    if shown.is_empty() {
+        return at_once(writeln!(out, "{name} has not exited"));
+    }
+    writeln!(
+        out,
+        "exit  reason                 us ago  RIP                 qualification"
+    )?;
+    for (exit, back) in shown.iter().zip((0..shown.len()).rev()) {
+        let reason = exit_reason::name(exit.reason);
+        match exit.place {
+            None => writeln!(out, "{:4}  {reason}", -(back as i64))?,
+            Some(place) => writeln!(
+                out,
+                "{:4}  {reason:18}  {:9}  {:#018x}  {:#x}",
+                -(back as i64),
+                microseconds(now.saturating_sub(place.ticks), hz),
+                place.rip,
+                place.qualification
+            )?,
+        }
+    }
+    Ok(None)
+}
+
+const fn microseconds(ticks: u64, hz: u64) -> u64 {
+    (ticks as u128 * 1_000_000 / if hz == 0 { 1 } else { hz as u128 }) as u64
+}
+
+/// The index of the guest with this name.
+fn index_of(machine: &dyn Machine, name: &str) -> Result<usize, Complaint> {
+    let guests = machine.guests();
+    let index = guests.iter().position(|guest| guest.name == name);
+    index.ok_or_else(|| Complaint::NoGuest(name.into()))
+}
+
 fn steer(
     machine: &dyn Machine,
     arguments: &[&str],
@@ -393,9 +457,7 @@ fn steer(
         return Err(wrong_arguments("vm"));
     };
     let action = Action::named(action).ok_or_else(|| wrong_arguments("vm"))?;
-    let guests = machine.guests();
-    let index = guests.iter().position(|guest| guest.name == *name);
-    let index = index.ok_or_else(|| Complaint::NoGuest((*name).into()))?;
+    let index = index_of(machine, name)?;
     machine
         .steer(index, action)
         .map(|()| Some(Wait::Steered(index)))
@@ -412,6 +474,7 @@ fn wrong_arguments(name: &str) -> Complaint {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vmx::trace::Place;
 
     struct Fake;
 
@@ -459,6 +522,21 @@ mod tests {
 
         fn ticks_per_second(&self) -> u64 {
             1000
+        }
+
+        fn now(&self) -> u64 {
+            5000
+        }
+
+        fn trace(&self, guest: usize) -> Vec<Traced> {
+            let place = Place {
+                rip: 0xffff_ffff_8100_0000,
+                qualification: 0x3f8_0001,
+                ticks: 4000,
+            };
+            let exit = |reason, place| Traced { reason, place };
+            let all = [exit(10, None), exit(30, Some(place)), exit(52, None)];
+            all.into_iter().filter(|_| guest == 0).collect()
         }
 
         fn log(&self) -> String {
@@ -545,6 +623,25 @@ mod tests {
         assert_eq!(lines("mem")[5], "frames            1234 free");
         assert_eq!(lines("mem")[3], "guests          262144 KiB");
         assert_eq!(lines("log"), ["one", "two"]);
+    }
+
+    #[test]
+    fn the_last_exits_are_listed() {
+        let heading = "exit  reason                 us ago  RIP                 qualification";
+        let of_the_io = "  -1  I/O                   1000000  0xffffffff81000000  0x3f80001";
+        assert_eq!(
+            lines("trace linux"),
+            [heading, "  -2  CPUID", of_the_io, "   0  preemption timer"]
+        );
+        assert_eq!(
+            lines("trace linux 2")[1..],
+            [of_the_io, "   0  preemption timer"]
+        );
+        assert_eq!(lines("trace b"), ["b has not exited"]);
+        assert_eq!(lines("trace c"), ["there is no guest c; vms lists them"]);
+        for wrong in ["trace", "trace linux many", "trace linux 1 2"] {
+            assert_eq!(lines(wrong), ["trace is written trace NAME [COUNT]"]);
+        }
     }
 
     #[test]

@@ -14,10 +14,11 @@ pub mod multiplexer;
 mod text;
 
 use super::{guests, registry};
-use crate::arch::cpu::without_interrupts;
+use crate::arch::cpu::{self, without_interrupts};
 use crate::host::memory::{self, heap};
 use crate::host::{console, cpus, time};
 use crate::vm::console::ConsolePort;
+use crate::vmx::trace::Traced;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -154,6 +155,17 @@ impl Machine for ThisMachine {
     fn steer(&self, guest: usize, action: Action) -> Result<(), &'static str> {
         let guests = registry::all();
         guests.get(guest).ok_or("it is gone")?.steer(action)
+    }
+
+    fn trace(&self, guest: usize) -> Vec<Traced> {
+        let guests = registry::all();
+        guests
+            .get(guest)
+            .map_or_else(Vec::new, |guest| guest.trace())
+    }
+
+    fn now(&self) -> u64 {
+        cpu::rdtsc()
     }
 
     fn is_settled(&self, guest: usize) -> bool {
