@@ -4,7 +4,7 @@
 //!
 //! | module | what it is |
 //! | --- | --- |
-//! | [`addr`], [`arch`] | typed addresses; thin, typed wrappers of x86 |
+//! | [`addr`], [`arch`], [`sync`] | typed addresses; thin, typed wrappers of x86; atomics |
 //! | [`host`] | the machine below: tables, memory, interrupts, time, serial |
 //! | [`vmx`] | VT-x and nothing else: capabilities, VMCS, EPT, exits, the entry and exit stub |
 //! | [`devices`] | what a guest finds on its buses; plain objects, no VT-x |
@@ -27,6 +27,7 @@ pub mod arch;
 pub mod devices;
 pub mod host;
 pub mod monitor;
+pub mod sync;
 pub mod vcpu;
 pub mod vm;
 pub mod vmx;

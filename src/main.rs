@@ -105,19 +105,24 @@ extern "C" fn main(handoff: *const Handoff) -> ! {
     vireo::host::selftest::run(boot);
     // SAFETY: once, here, and all of the host is there.
     unsafe {
-        cpus::start(boot, processors::prepare, |cpu, reason| {
-            warn!("a CPU is left out, that with APIC identifier {cpu}: {reason}");
-        });
+        cpus::start(
+            boot,
+            processors::prepare,
+            processors::serve,
+            |cpu, reason| {
+                warn!("a CPU is left out, that with APIC identifier {cpu}: {reason}");
+            },
+        );
     }
     // SAFETY: the bootstrap processor, once, with interrupts off.
-    let vmx = match cpus::get(cpus::BOOTSTRAP).map(|cpu| unsafe { processors::start(cpu) }) {
-        Some(Ok(vmx)) => vmx,
+    let processor = match cpus::get(cpus::BOOTSTRAP).map(|cpu| unsafe { processors::start(cpu) }) {
+        Some(Ok(processor)) => processor,
         Some(Err(reason)) => fail(format_args!("{reason}")),
         None => fail(format_args!("the firmware lists no CPU")),
     };
-    monitor::features::tell(&vmx);
+    monitor::features::tell(&processor.vmx);
 
-    monitor::guests::run_all(boot, vmx);
+    monitor::guests::run_all(boot, processor);
     monitor::console::flush();
     power::off_or_halt()
 }

@@ -1,7 +1,7 @@
-//! The machine's CPUs: all that the firmware lists are started here, and wait for work.
+//! The machine's CPUs: all that the firmware lists are started here.
 //!
 //! One after the other is sent INIT and a start-up interrupt (SDM 3, 10.4), comes through
-//! the [`trampoline`] into [`main`], makes itself ready and says so. One that does
+//! the [`trampoline`] into [`main`], makes itself ready, says so and serves. One that does
 //! not answer is left out; its number stays, so that a CPU's is always that in the
 //! firmware's list, of which the bootstrap processor is number 0.
 
@@ -17,8 +17,7 @@ use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt;
-use core::sync::atomic::{AtomicBool, Ordering};
-use spin::{Mutex, Once};
+use spin::Once;
 use trampoline::Trampoline;
 use vireo_handoff::BootInfo;
 
@@ -31,11 +30,11 @@ const AFTER_START_UP: u64 = 200;
 /// Microseconds in which a CPU is to be ready.
 const PATIENCE: u64 = 500_000;
 
-/// What a CPU is given to do.
-pub type Work = Box<dyn FnOnce(&'static Cpu) + Send>;
-
 /// What each CPU does before it is ready; why it cannot be used.
 pub type Prepare = fn(&'static Cpu) -> Result<(), String>;
+
+/// What each CPU does from then on: on its own stack, with interrupts off.
+pub type Serve = fn(&'static Cpu) -> !;
 
 /// One CPU.
 pub struct Cpu {
@@ -44,14 +43,10 @@ pub struct Cpu {
     /// The identifier of its local APIC.
     pub apic_id: u32,
     pub tables: &'static CpuTables,
-    /// What it does before it is ready, and why it is not, then.
     prepare: Prepare,
-    refused: Once<String>,
-    /// What it shall do next.
-    work: Mutex<Option<Work>>,
-    /// It is ready for work. Set by itself after all that it has done to be so, which is seen by
-    /// whoever finds it set (release and acquire).
-    ready: AtomicBool,
+    serve: Serve,
+    /// What came of `prepare`.
+    prepared: Once<Result<(), String>>,
 }
 
 /// Why a CPU is not there.
@@ -96,12 +91,27 @@ pub fn all() -> impl Iterator<Item = &'static Cpu> {
 /// The bootstrap processor's number.
 pub const BOOTSTRAP: usize = 0;
 
-/// Starts all CPUs of the firmware's list; `prepare` runs on each but the calling one.
-/// `missing` is told which did not come, and why.
+/// Starts all CPUs of the firmware's list; `prepare` and then `serve` run on each but the
+/// calling one. `missing` is told which did not come, and why.
 ///
 /// # Safety
 /// Once, on the bootstrap processor, after all else of the host has been set up.
-pub unsafe fn start(boot: &BootInfo, prepare: Prepare, mut missing: impl FnMut(u32, Missing)) {
+pub unsafe fn start(
+    boot: &BootInfo,
+    prepare: Prepare,
+    serve: Serve,
+    mut missing: impl FnMut(u32, Missing),
+) {
+    let new = |number, apic_id, tables| {
+        &*Box::leak(Box::new(Cpu {
+            number,
+            apic_id,
+            tables,
+            prepare,
+            serve,
+            prepared: Once::new(),
+        }))
+    };
     interrupts::register(interrupts::KICK, |_| {});
     let mut cpus = Vec::new();
     // SAFETY: the caller's; memory below 1 MiB is nobody's else.
@@ -109,15 +119,13 @@ pub unsafe fn start(boot: &BootInfo, prepare: Prepare, mut missing: impl FnMut(u
     for (number, listed) in boot.cpus.iter().enumerate() {
         if number == BOOTSTRAP {
             let tables = descriptors::bootstrap();
-            cpus.push(Some(new(number, listed.apic_id, tables, prepare)));
+            cpus.push(Some(new(number, listed.apic_id, tables)));
             continue;
         }
         let started = match &mut trampoline {
             Some(Ok(trampoline)) if listed.usable => descriptors::for_another_cpu()
                 .map_err(Missing::Memory)
-                .and_then(|tables| {
-                    start_one(trampoline, new(number, listed.apic_id, tables, prepare))
-                }),
+                .and_then(|tables| start_one(trampoline, new(number, listed.apic_id, tables))),
             Some(Err(error)) if listed.usable => Err(Missing::Memory(*error)),
             _ => Err(Missing::Unusable),
         };
@@ -130,18 +138,6 @@ pub unsafe fn start(boot: &BootInfo, prepare: Prepare, mut missing: impl FnMut(u
         });
     }
     CPUS.call_once(|| cpus);
-}
-
-fn new(number: usize, apic_id: u32, tables: &'static CpuTables, prepare: Prepare) -> &'static Cpu {
-    Box::leak(Box::new(Cpu {
-        number,
-        apic_id,
-        tables,
-        prepare,
-        refused: Once::new(),
-        work: Mutex::new(None),
-        ready: AtomicBool::new(false),
-    }))
 }
 
 fn start_one(trampoline: &mut Trampoline, cpu: &'static Cpu) -> Result<&'static Cpu, Missing> {
@@ -159,13 +155,11 @@ fn start_one(trampoline: &mut Trampoline, cpu: &'static Cpu) -> Result<&'static 
         if !local_apic::send(start_up) {
             return Err(Missing::NotSent);
         }
-        if wait(patience, || {
-            cpu.ready.load(Ordering::Acquire) || cpu.refused.is_completed()
-        }) {
-            return match cpu.refused.get() {
-                Some(reason) => Err(Missing::Refused(reason.clone())),
-                None => Ok(cpu),
-            };
+        wait(patience, || cpu.prepared.is_completed());
+        match cpu.prepared.get() {
+            Some(Ok(())) => return Ok(cpu),
+            Some(Err(reason)) => return Err(Missing::Refused(reason.clone())),
+            None => {}
         }
     }
     // It must not come when the trampoline is gone: INIT has it wait for ever.
@@ -173,17 +167,13 @@ fn start_one(trampoline: &mut Trampoline, cpu: &'static Cpu) -> Result<&'static 
     Err(Missing::NoAnswer)
 }
 
-/// Waits `microseconds` or until `done`; whether that is so.
-fn wait(microseconds: u64, mut done: impl FnMut() -> bool) -> bool {
+/// Waits `microseconds` or until `done`.
+fn wait(microseconds: u64, mut done: impl FnMut() -> bool) {
     let ticks = time::tsc_hz() / 1_000_000 * microseconds;
     let start = cpu::rdtsc();
-    while cpu::rdtsc().wrapping_sub(start) < ticks {
-        if done() {
-            return true;
-        }
+    while cpu::rdtsc().wrapping_sub(start) < ticks && !done() {
         core::hint::spin_loop();
     }
-    done()
 }
 
 /// Where a started CPU comes out of the trampoline, on its own stack.
@@ -194,49 +184,8 @@ extern "C" fn main(own: &'static Cpu) -> ! {
     // SAFETY: the bootstrap processor has chosen the mode.
     unsafe { local_apic::init_this_cpu() };
     time::init_timer();
-    match (own.prepare)(own) {
-        Ok(()) => own.work(),
-        Err(reason) => {
-            own.refused.call_once(|| reason);
-            cpu::halt_forever()
-        }
+    if own.prepared.call_once(|| (own.prepare)(own)).is_err() {
+        cpu::halt_forever();
     }
-}
-
-impl Cpu {
-    /// Gives it something to do, when it has done what it does now; back, where something waits
-    /// for that already.
-    ///
-    /// # Errors
-    /// `work` itself.
-    pub fn give(&self, work: Work) -> Result<(), Work> {
-        let mut place = self.work.lock();
-        if place.is_some() {
-            return Err(work);
-        }
-        *place = Some(work);
-        drop(place);
-        self.kick();
-        Ok(())
-    }
-
-    /// Has it leave its guest, or wake up.
-    pub fn kick(&self) {
-        local_apic::kick(self.apic_id);
-    }
-
-    /// Does what it is given, for ever.
-    fn work(&'static self) -> ! {
-        self.ready.store(true, Ordering::Release);
-        loop {
-            let work = loop {
-                // Interrupts are off: a kick from here on ends the halt.
-                if let Some(work) = self.work.lock().take() {
-                    break work;
-                }
-                cpu::wait_for_interrupt();
-            };
-            work(self);
-        }
-    }
+    (own.serve)(own)
 }

@@ -1,15 +1,17 @@
-//! The guests of the configuration: all are loaded, then each runs on the CPU that it has for
-//! itself, and those that have none run one after the other on the bootstrap processor. What
-//! follows an end is the guest's policy, or the operator's command. Each guest is loaded and run by
-//! [`live`] on its CPU, as [`registry`] says that it is wanted.
+//! The guests of the configuration: all are loaded, then their vCPUs run side by side, each on
+//! the CPU that it was given. What follows an end is the guest's policy, or the operator's
+//! command.
 
+use super::placement::{self, NoPlace};
+use super::processors::{self, Processor};
 use super::registry::{Follows, Wanted};
+use super::scheduler::{Scheduler, Task};
 use super::statistics::Exits;
-use super::{log, processors, registry};
+use super::{log, registry};
 use crate::arch::cpu;
 use crate::devices::Clock;
 use crate::devices::chipset::ChipsetConfig;
-use crate::host::cpus::{self, Work};
+use crate::host::cpus;
 use crate::host::memory;
 use crate::host::memory::frames::{ALIGN_2M, FrameRange};
 use crate::host::time;
@@ -17,14 +19,13 @@ use crate::vcpu::{End, SetupError, Vcpu};
 use crate::vm::acpi;
 use crate::vm::boot::{self, BootError, EntryState, Images, Machine, Module, multiboot};
 use crate::vm::fw_cfg;
-use crate::vm::machine::{Host, Vm};
+use crate::vm::machine::{Host, Links, Vm};
 use crate::vm::memory::{GuestMemory, OutOfSlot};
 use crate::vm::memory_map::MemoryMap;
 use crate::vm::slots::SlotKind;
-use crate::vmx::entry::Statistics;
 use crate::vmx::ept::EptError;
+use crate::vmx::live_state::LiveState;
 use crate::vmx::memory_type::Mtrrs;
-use crate::vmx::operation::Vmx;
 use crate::vmx::vpid::{Vpid, VpidAllocator};
 use ::log::{error, info, warn};
 use alloc::boxed::Box;
@@ -32,7 +33,7 @@ use alloc::string::ToString;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicUsize, Ordering};
 use spin::{Mutex, Once};
 use vireo_handoff::BootInfo;
 use vireo_handoff::config::{self, Config, Policy};
@@ -43,8 +44,7 @@ use vireo_handoff::layout::DIRECT_MAP;
 enum StartError {
     NotEnoughMemory { needed: u64, largest_free: u64 },
     NoSuchFile,
-    NoSuchCpu(u32),
-    CpuWithoutVtx(usize),
+    Place(NoPlace),
     Tables(OutOfSlot),
     Boot(BootError),
     Ept(EptError),
@@ -63,14 +63,7 @@ impl fmt::Display for StartError {
                 needed >> 20,
                 largest_free >> 20
             ),
-            Self::NoSuchCpu(number) => {
-                write!(
-                    f,
-                    "`cpus` in vireo.toml names CPU {number}, and the machine has these:"
-                )?;
-                cpus::all().try_for_each(|cpu| write!(f, " {}", cpu.number))
-            }
-            Self::CpuWithoutVtx(number) => write!(f, "CPU {number} has no VT-x"),
+            Self::Place(error) => error.fmt(f),
             Self::NoSuchFile => f.write_str("an image that the configuration names was not loaded"),
             Self::Tables(error) => write!(f, "its tables do not fit into its memory: {error:?}"),
             Self::Boot(error) => error.fmt(f),
@@ -80,11 +73,9 @@ impl fmt::Display for StartError {
     }
 }
 
-/// Guests that run on CPUs of their own. Whoever finds that there are none needs to see
-/// nothing else of theirs.
-static RUNNING: AtomicUsize = AtomicUsize::new(0);
-/// The bootstrap processor loads or runs a guest. No other memory is read because of it.
-static BOOTSTRAP_RUNS: AtomicBool = AtomicBool::new(false);
+/// Guests that run, or whose CPU is to do something for them. Whoever finds that there are none
+/// needs to see nothing else of theirs: relaxed.
+static LEFT: AtomicUsize = AtomicUsize::new(0);
 static VPIDS: Mutex<VpidAllocator> = Mutex::new(VpidAllocator::new());
 
 /// What the loader has left, as long as a guest may have to be loaded again.
@@ -93,12 +84,22 @@ static BOOT: Once<&'static BootInfo> = Once::new();
 /// The shortest time from one start of a guest to the next by its policy, as a part of a second:
 /// one that crashes at once does not keep its CPU busy.
 const STARTS_A_SECOND: u64 = 1;
+/// How often it is looked whether the line has shown all of an ended guest's console.
+const LOOKS_A_SECOND: u64 = 1000;
 
 /// Runs every guest to its end, and says how each ended or why it did not start.
-pub fn run_all(boot: &'static BootInfo, vmx: Vmx) {
-    for config in &boot.config.vm {
-        let registered = registry::add(config);
-        match Loaded::new(boot, &registered) {
+pub fn run_all(boot: &'static BootInfo, bootstrap: &'static Processor) {
+    let places = placement::place(&boot.config.vm, &processors::numbers());
+    for (config, place) in boot.config.vm.iter().zip(places) {
+        let (place, refused) = match place {
+            Ok(numbers) => {
+                let place = numbers.into_iter().filter_map(processors::get);
+                (place.collect(), None)
+            }
+            Err(reason) => (Vec::new(), Some(StartError::Place(reason))),
+        };
+        let registered = registry::add(config, place);
+        match refused.map_or_else(|| Loaded::new(boot, &registered), Err) {
             Ok(guest) => registered.created(guest),
             Err(reason) => cannot_start(&registered, &reason),
         }
@@ -109,24 +110,29 @@ pub fn run_all(boot: &'static BootInfo, vmx: Vmx) {
         // SAFETY: here and only here; what was loaded was copied, and `BOOT` is never set.
         unsafe { memory::release_files(boot) };
     }
-
-    for registered in registry::all() {
-        if registered.want_to_start() {
-            hand_over(&registered);
+    let guests = registry::all();
+    let is_there = |name: &str| {
+        let mut named = guests.iter().filter(|guest| guest.config().name == name);
+        named.any(|guest| guest.is_created())
+    };
+    // The last first: those that wait for another one are not started before it is known that
+    // this one is.
+    for guest in guests.iter().rev() {
+        match &guest.config().after {
+            Some(name) if is_there(name) => guest.set_follower(),
+            _ if guest.want_to_start() => hand_over(guest),
+            _ => {}
         }
     }
-    loop {
-        if let Some(registered) = registry::wanted_here() {
-            BOOTSTRAP_RUNS.store(true, Ordering::Relaxed);
-            live(&registered, vmx);
-            BOOTSTRAP_RUNS.store(false, Ordering::Relaxed);
-            super::console::attend();
-        } else if RUNNING.load(Ordering::Relaxed) > 0 || registry::any_created() {
-            // The end of a guest on another CPU is a kick, and a command is an interrupt of the UART.
-            cpu::wait_for_interrupt();
-        } else {
-            return;
-        }
+    // Whoever is the last to end tells this CPU; where none has started, nobody does.
+    bootstrap.place.tell();
+    Scheduler::new(bootstrap).run(|| LEFT.load(Ordering::Relaxed) == 0 && !registry::any_created());
+}
+
+/// The bootstrap processor is to look whether there is anything left to do.
+pub fn tell_bootstrap() {
+    if let Some(bootstrap) = processors::get(cpus::BOOTSTRAP) {
+        bootstrap.place.tell();
     }
 }
 
@@ -146,34 +152,22 @@ pub fn may_start_again() -> bool {
     BOOT.get().is_some()
 }
 
-/// Whether a guest that is wanted on the bootstrap processor waits for another one's end.
-pub fn bootstrap_is_busy() -> bool {
-    BOOTSTRAP_RUNS.load(Ordering::Relaxed)
-}
-
 /// Has the CPU of a guest that is wanted see to it. Waits for nothing, and says nothing: the
 /// operator's line may be locked.
 pub fn hand_over(guest: &Arc<registry::Guest>) {
-    // The bootstrap processor looks by itself, after the interrupt that this comes from.
-    let Some(cpu) = guest.own_cpu() else {
-        return;
-    };
-    RUNNING.fetch_add(1, Ordering::Relaxed);
-    let guest = Arc::clone(guest);
-    let work: Work = Box::new(move |cpu| {
-        match processors::vmx(cpu) {
-            Some(vmx) => live(&guest, vmx),
-            None => cannot_start(&guest, &StartError::CpuWithoutVtx(cpu.number)),
-        }
-        RUNNING.fetch_sub(1, Ordering::Relaxed);
-        if let Some(bootstrap) = cpus::get(cpus::BOOTSTRAP) {
-            bootstrap.kick();
-        }
-    });
-    if cpu.give(work).is_err() {
-        // The same was asked of it before, and it has not come to it: the CPU is this guest's.
-        RUNNING.fetch_sub(1, Ordering::Relaxed);
+    if let Some(&first) = guest.processors().first() {
+        LEFT.fetch_add(1, Ordering::Relaxed);
+        let guest = Arc::clone(guest);
+        first.give(Box::new(|_| see_to(guest)));
     }
+}
+
+/// What a [`hand_over`] has led to is over.
+fn is_over() {
+    if LEFT.fetch_sub(1, Ordering::Relaxed) == 1 {
+        tell_bootstrap();
+    }
+    super::console::attend();
 }
 
 /// Says why a guest does not start.
@@ -182,51 +176,254 @@ fn cannot_start(guest: &registry::Guest, reason: &StartError) {
     guest.ended(reason);
 }
 
-/// Does on this CPU what is wanted of a guest, until that is nothing more: loads it, and runs it
-/// to its end.
-fn live(registered: &Arc<registry::Guest>, vmx: Vmx) {
-    while let Some(Wanted { loaded, start }) = registered.take_wanted() {
-        let started = cpu::rdtsc();
-        let loaded = match (loaded, BOOT.get()) {
-            (Some(loaded), _) => Ok(*loaded),
-            (None, Some(boot)) => Loaded::new(boot, registered),
-            (None, None) => Err(StartError::NoSuchFile),
-        };
-        let end = match loaded {
-            Ok(loaded) if !start => {
-                registered.created(loaded);
-                continue;
-            }
-            Ok(loaded) => loaded.run(registered, vmx),
-            Err(reason) => Err(reason),
-        };
-        let end = match end {
-            Ok(end) => end,
-            Err(reason) => {
-                cannot_start(registered, &reason);
-                continue;
-            }
-        };
-        let (end, follows) = registered.follows(end);
-        let again = follows != Follows::Nothing && may_start_again();
-        let and = if again { ", and is started again" } else { "" };
-        info!(target: log::ALWAYS, "vm {}: {end}{and}", registered.config().name);
-        if again {
-            registered.set_again();
-        }
-        registered.ended(&end);
-        while again
-            && follows == Follows::StartLater
-            && cpu::rdtsc().wrapping_sub(started) < time::tsc_hz() / STARTS_A_SECOND
-        {
-            time::arm(time::tsc_hz() / 100);
-            cpu::wait_for_interrupt();
-        }
-        if again && !registered.want_again() {
-            let name = &registered.config().name;
-            info!(target: log::ALWAYS, "vm {name}: {}", End::Stopped);
+/// This guest has ended for good; those that wait for that are started.
+fn is_gone(gone: &registry::Guest) {
+    for guest in registry::all() {
+        let follows = guest.config().after.as_ref() == Some(&gone.config().name);
+        if follows && guest.take_follower() && guest.want_to_start() {
+            hand_over(&guest);
         }
     }
+    is_over();
+}
+
+/// Does what is wanted of a guest: loads it, and has its vCPUs start.
+fn see_to(guest: Arc<registry::Guest>) {
+    let Some(Wanted { loaded, start }) = guest.take_wanted() else {
+        return is_over();
+    };
+    let loaded = match (loaded, BOOT.get()) {
+        (Some(loaded), _) => Ok(*loaded),
+        (None, Some(boot)) => Loaded::new(boot, &guest),
+        (None, None) => Err(StartError::NoSuchFile),
+    };
+    let living = match loaded {
+        Ok(loaded) if !start => {
+            guest.created(loaded);
+            return is_over();
+        }
+        Ok(loaded) => Living::new(Arc::clone(&guest), loaded),
+        Err(reason) => Err(reason),
+    };
+    match living {
+        Ok(living) => {
+            let living = Arc::new(living);
+            for (id, processor) in (0..).zip(guest.processors()) {
+                let living = Arc::clone(&living);
+                processor.give(Box::new(move |scheduler| join(scheduler, living, id)));
+            }
+        }
+        Err(reason) => {
+            cannot_start(&guest, &reason);
+            is_gone(&guest);
+        }
+    }
+}
+
+/// A guest that runs: what its vCPUs share, and what is left of it when they have ended. Fields
+/// are dropped in their order.
+pub struct Living {
+    registered: Arc<registry::Guest>,
+    entry: EntryState,
+    /// How it has ended: what the first vCPU says that ends.
+    end: Once<Result<End, StartError>>,
+    /// The time-stamp counter at its start.
+    started: u64,
+    _quiet: log::Quiet,
+    vm: Arc<Vm>,
+    /// The memory of `vm`.
+    _block: Block,
+}
+
+impl Living {
+    fn new(registered: Arc<registry::Guest>, loaded: Loaded) -> Result<Self, StartError> {
+        let processors = registered.processors();
+        let Some(first) = processors.first() else {
+            return Err(StartError::Place(NoPlace::NoneShared));
+        };
+        let config = registered.config();
+        let chipset = ChipsetConfig {
+            wall_clock: time::rtc::unix_seconds().unwrap_or(0),
+            ram_below_4g: loaded.map.ram_below_4g(),
+            ram_above_4g: loaded.map.ram_above_4g(),
+            io_apic_id: config.vcpus as u8,
+            test_device: config.test_device,
+            fw_cfg: fw_cfg::describe(&loaded.map, config.vcpus, None),
+        };
+        let width = address_width();
+        let places: Vec<_> = processors.iter().map(|own| &own.place).collect();
+        let vm = Arc::new(
+            Vm::new(
+                config,
+                loaded.memory,
+                Links {
+                    console: registered.console(),
+                    control: registered.control(),
+                    places: &places,
+                },
+                &chipset,
+                Clock::new(time::tsc_hz()),
+                Host {
+                    capabilities: &first.vmx.capabilities,
+                    address_width: width,
+                    mtrrs: host_mtrrs(width),
+                },
+            )
+            .map_err(StartError::Ept)?,
+        );
+        registered.started(&vm);
+        Ok(Self {
+            registered,
+            entry: loaded.entry,
+            end: Once::new(),
+            started: cpu::rdtsc(),
+            _quiet: log::Quiet::new(),
+            vm,
+            _block: loaded.block,
+        })
+    }
+
+    /// What it was made from.
+    pub fn config(&self) -> &'static config::Vm {
+        self.registered.config()
+    }
+
+    /// It ends; and so do its other vCPUs.
+    fn end(&self, end: Result<End, StartError>) {
+        self.end.call_once(|| end);
+        self.vm.end();
+    }
+}
+
+/// Makes vCPU `id` of a guest on this CPU.
+fn join(scheduler: &mut Scheduler, living: Arc<Living>, id: u32) {
+    if let Err(error) = make_vcpu(scheduler, &living, id) {
+        living.end(Err(StartError::Setup(error)));
+    }
+    release(scheduler, living);
+}
+
+fn make_vcpu(scheduler: &mut Scheduler, living: &Arc<Living>, id: u32) -> Result<(), SetupError> {
+    if living.vm.is_ending() {
+        living.end(Ok(End::Stopped));
+        return Ok(());
+    }
+    let config = living.config();
+    let processor = scheduler.processor();
+    scheduler.make_room();
+    let vpid = VPIDS.lock().allocate().unwrap_or(Vpid::HOST);
+    let entry = (id == 0).then_some(&living.entry);
+    let shares_cpu = config.cpus.is_empty();
+    let made = Vcpu::new(
+        Arc::clone(&living.vm),
+        id,
+        processor.vmx,
+        vpid,
+        entry,
+        shares_cpu,
+    )
+    .and_then(|(vcpu, stack)| {
+        let registers = LiveState::at_reset(vcpu.xcr0_supported());
+        Ok((vcpu, stack, registers.map_err(|_| SetupError::OutOfMemory)?))
+    });
+    let (vcpu, stack, registers) = made.inspect_err(|_| VPIDS.lock().free(vpid))?;
+    let statistics = stack.statistics();
+    if config.statistics == config::Statistics::Times && statistics.record_times(true).is_err() {
+        warn!(
+            "vm {}: no memory is left for the times of its exits",
+            config.name
+        );
+    }
+    let tier = vcpu.apic_tier();
+    living.registered.joined(tier, statistics);
+    if id == 0 {
+        tell_memory();
+        let memory = config.memory >> 20;
+        let places = living.registered.places();
+        info!(
+            target: log::ALWAYS,
+            "vm {}: started, {memory} MiB, APIC {tier}, {places}",
+            config.name
+        );
+        #[cfg(feature = "count-vmcs")]
+        crate::vmx::count::reset();
+    }
+    scheduler.add(Task::new(vcpu, stack, registers, Arc::clone(living)));
+    Ok(())
+}
+
+/// A vCPU of a guest has ended.
+pub(super) fn vcpu_ended(scheduler: &mut Scheduler, vcpu: Vcpu, living: Arc<Living>, end: End) {
+    living.end(Ok(end));
+    let vpid = vcpu.vpid();
+    drop(vcpu);
+    VPIDS.lock().free(vpid);
+    release(scheduler, living);
+}
+
+/// Gives up a guest; whoever is the last to do so is left with what is to be done behind it.
+fn release(scheduler: &mut Scheduler, living: Arc<Living>) {
+    if let Some(living) = Arc::into_inner(living) {
+        conclude(scheduler, living);
+    }
+}
+
+/// All vCPUs of a guest have ended. What it has sent is shown first, which may take the line
+/// a while.
+fn conclude(scheduler: &mut Scheduler, living: Living) {
+    if !living.vm.drain_console() {
+        let soon = cpu::rdtsc() + time::tsc_hz() / LOOKS_A_SECOND;
+        scheduler.do_later(soon, Box::new(|scheduler| conclude(scheduler, living)));
+        return;
+    }
+    let Living {
+        registered,
+        entry: _,
+        end,
+        started,
+        _quiet: quiet,
+        vm,
+        _block: block,
+    } = living;
+    // The memory is there again when the end is told.
+    drop((vm, block, quiet));
+    let name = &registered.config().name;
+    let end = match end.try_into_inner() {
+        Some(Ok(end)) => end,
+        Some(Err(reason)) => {
+            cannot_start(&registered, &reason);
+            return is_gone(&registered);
+        }
+        // Not reached: a vCPU ends with a reason.
+        None => End::Stopped,
+    };
+    tell_exits(name, &registered.exits());
+    let (end, follows) = registered.follows(end);
+    let again = follows != Follows::Nothing && may_start_again();
+    let and = if again { ", and is started again" } else { "" };
+    info!(target: log::ALWAYS, "vm {name}: {end}{and}");
+    if again {
+        registered.set_again();
+    }
+    registered.ended(&end);
+    if !again {
+        is_gone(&registered);
+    } else if follows == Follows::StartLater {
+        let at = started + time::tsc_hz() / STARTS_A_SECOND;
+        scheduler.do_later(at, Box::new(|_| start_again(registered)));
+    } else {
+        start_again(registered);
+    }
+}
+
+/// Starts a guest again, unless the operator wants it otherwise.
+fn start_again(guest: Arc<registry::Guest>) {
+    if guest.want_again() {
+        return see_to(guest);
+    }
+    let name = &guest.config().name;
+    info!(target: log::ALWAYS, "vm {name}: {}", End::Stopped);
+    is_gone(&guest);
 }
 
 /// Says what memory is in use, once.
@@ -255,9 +452,8 @@ impl Drop for Block {
     }
 }
 
-/// A guest that is ready to start. Fields are dropped in their order.
+/// A guest that is ready to start.
 pub struct Loaded {
-    config: &'static config::Vm,
     memory: GuestMemory,
     map: MemoryMap,
     entry: EntryState,
@@ -268,11 +464,6 @@ impl Loaded {
     /// Takes the guest's memory and fills it.
     fn new(boot_info: &BootInfo, registered: &registry::Guest) -> Result<Self, StartError> {
         let config = registered.config();
-        if let Some(&number) = config.cpus.first()
-            && cpus::get(number as usize).is_none()
-        {
-            return Err(StartError::NoSuchCpu(number));
-        }
         let frames =
             memory::allocate(config.memory >> 12, ALIGN_2M).ok_or(StartError::NotEnoughMemory {
                 needed: config.memory,
@@ -321,80 +512,11 @@ impl Loaded {
         };
         let entry = boot::load(&images, &machine).map_err(StartError::Boot)?;
         Ok(Self {
-            config,
             memory,
             map,
             entry,
             block,
         })
-    }
-
-    /// Runs the guest to its end on this CPU.
-    fn run(self, registered: &registry::Guest, vmx: Vmx) -> Result<End, StartError> {
-        let Self {
-            config,
-            memory,
-            map,
-            entry,
-            block: _block,
-        } = self;
-        let chipset = ChipsetConfig {
-            wall_clock: time::rtc::unix_seconds().unwrap_or(0),
-            ram_below_4g: map.ram_below_4g(),
-            ram_above_4g: map.ram_above_4g(),
-            io_apic_id: config.vcpus as u8,
-            test_device: config.test_device,
-            fw_cfg: fw_cfg::describe(&map, config.vcpus, None),
-        };
-        let width = address_width();
-        let vm = Vm::new(
-            config,
-            memory,
-            registered.console(),
-            registered.control(),
-            &chipset,
-            Clock::new(time::tsc_hz()),
-            Host {
-                capabilities: &vmx.capabilities,
-                address_width: width,
-                mtrrs: host_mtrrs(width),
-            },
-        )
-        .map_err(StartError::Ept)?;
-        let vpid = VPIDS.lock().allocate().unwrap_or(Vpid::HOST);
-        let result = Vcpu::new(Arc::new(vm), 0, vmx, vpid, &entry)
-            .map(|(mut vcpu, mut stack)| {
-                let statistics = stack.statistics();
-                if config.statistics == config::Statistics::Times
-                    && statistics.record_times(true).is_err()
-                {
-                    warn!(
-                        "vm {}: no memory is left for the times of its exits",
-                        config.name
-                    );
-                }
-                tell_memory();
-                let (memory, tier) = (config.memory >> 20, vcpu.apic_tier());
-                let number = registered
-                    .own_cpu()
-                    .map_or(cpus::BOOTSTRAP, |cpu| cpu.number);
-                info!(
-                    target: log::ALWAYS,
-                    "vm {}: started, {memory} MiB, APIC {tier}, CPU {number}",
-                    config.name
-                );
-                registered.started(tier, stack.statistics());
-                log::quiet(true);
-                #[cfg(feature = "count-vmcs")]
-                crate::vmx::count::reset();
-                let end = vcpu.run(&mut stack, &entry);
-                log::quiet(false);
-                tell_exits(&config.name, &statistics);
-                end
-            })
-            .map_err(StartError::Setup);
-        VPIDS.lock().free(vpid);
-        result
     }
 }
 
@@ -404,8 +526,7 @@ pub fn vpids_in_use() -> usize {
 }
 
 /// Says how often a guest has exited, and what that took where it was recorded.
-fn tell_exits(vm: &str, statistics: &Statistics<Vcpu>) {
-    let exits = Exits::new(&statistics.counts(), statistics.times());
+fn tell_exits(vm: &str, exits: &Exits) {
     info!("vm {vm}: {}", exits.line());
     if exits.timed() {
         let (ticks, hz) = (exits.ticks(), time::tsc_hz());

@@ -1,7 +1,7 @@
 //! The hypervisor's own log: the back end of the crate `log`.
 //!
 //! A line goes into a memory ring and, unless a guest owns the serial port
-//! ([`quiet`]), to the console and the screen. Errors are always shown.
+//! ([`Quiet`]), to the console and the screen. Errors are always shown.
 
 use crate::arch::cpu::without_interrupts;
 use crate::host::console::{self, Ring};
@@ -94,12 +94,21 @@ pub fn init(level: LevelFilter) {
 /// The target of what the operator waits for, and gets to see as errors are seen.
 pub const ALWAYS: &str = "always";
 
-/// Keeps everything but errors, and what is for [`ALWAYS`], off the serial port, until as many
-/// calls with false have come as with true.
-pub fn quiet(on: bool) {
-    if on {
+/// Keeps everything but errors, and what is for [`ALWAYS`], off the serial port as long as there
+/// is one of these.
+#[derive(Debug)]
+pub struct Quiet(());
+
+impl Quiet {
+    #[expect(clippy::new_without_default, reason = "it does something")]
+    pub fn new() -> Self {
         QUIET.fetch_add(1, Ordering::Relaxed);
-    } else {
+        Self(())
+    }
+}
+
+impl Drop for Quiet {
+    fn drop(&mut self) {
         QUIET.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -6,13 +6,14 @@
 use super::console::commands::Action;
 use super::console::{self, commands};
 use super::guests::{self, Loaded};
+use super::processors::Processor;
 use super::statistics::Exits;
 use crate::arch::cpu::without_interrupts;
-use crate::host::cpus::{self, Cpu};
-use crate::host::local_apic;
 use crate::vcpu::{End, Vcpu};
 use crate::vm::console::ConsolePort;
 use crate::vm::control::{Control, Request};
+use crate::vm::machine::Vm;
+use crate::vm::mailbox::{Events, Mailbox};
 use crate::vmx::apic::ApicTier;
 use crate::vmx::entry::Statistics;
 use crate::vmx::trace::Traced;
@@ -20,8 +21,8 @@ use alloc::boxed::Box;
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::mem;
 use core::sync::atomic::{AtomicBool, Ordering};
+use core::{fmt, mem};
 use spin::Mutex;
 use vireo_handoff::config::{self, Policy};
 
@@ -36,6 +37,10 @@ pub struct Guest {
     /// It has ended, and its CPU starts it again in a moment. No other memory is read because of
     /// it.
     again: AtomicBool,
+    /// It starts when another one has ended. No other memory is read because of it.
+    follower: AtomicBool,
+    /// The CPUs of its vCPUs; empty where it has no place.
+    processors: Vec<&'static Processor>,
     /// In the multiplexer of consoles.
     index: usize,
     life: Mutex<Life>,
@@ -95,10 +100,11 @@ enum Then {
 }
 
 struct Running {
-    tier: ApicTier,
-    /// The local APIC identifier of its CPU.
-    cpu: u32,
-    statistics: Statistics<Vcpu>,
+    mailboxes: Arc<[Mailbox]>,
+    /// Since its first vCPU is there.
+    tier: Option<ApicTier>,
+    /// Of the vCPUs that are there.
+    statistics: Vec<Statistics<Vcpu>>,
     then: Then,
 }
 
@@ -125,20 +131,30 @@ impl Life {
 
 impl Running {
     fn exits(&self) -> Exits {
-        Exits::new(&self.statistics.counts(), self.statistics.times())
+        let counts: Vec<_> = self.statistics.iter().map(Statistics::counts).collect();
+        let times = self.statistics.iter().map(Statistics::times);
+        let vcpus: Vec<_> = counts.iter().map(|counts| &counts[..]).zip(times).collect();
+        Exits::sum(&vcpus)
     }
 
-    fn past(&self) -> Past {
-        Past {
-            tier: self.tier,
+    /// `None` where none of its vCPUs is there.
+    fn past(&self) -> Option<Past> {
+        Some(Past {
+            tier: self.tier?,
             exits: self.exits(),
-            trace: self.statistics.trace(),
-        }
+            trace: self.trace(),
+        })
+    }
+
+    /// One vCPU after the other.
+    fn trace(&self) -> Vec<Traced> {
+        let traces = self.statistics.iter().map(Statistics::trace);
+        traces.flatten().collect()
     }
 }
 
-/// Adds a guest of the configuration.
-pub fn add(config: &'static config::Vm) -> Arc<Guest> {
+/// Adds a guest of the configuration, which is to run on `processors`.
+pub fn add(config: &'static config::Vm, processors: Vec<&'static Processor>) -> Arc<Guest> {
     let port = Arc::new(ConsolePort::new());
     let index = console::add(config.name.clone(), Arc::clone(&port));
     let guest = Arc::new(Guest {
@@ -146,6 +162,8 @@ pub fn add(config: &'static config::Vm) -> Arc<Guest> {
         console: port,
         control: Arc::default(),
         again: AtomicBool::new(false),
+        follower: AtomicBool::new(false),
+        processors,
         index,
         life: Mutex::new(Life::Absent),
     });
@@ -165,16 +183,9 @@ pub fn memory() -> u64 {
     with_memory.map(|guest| guest.config.memory).sum()
 }
 
-/// The next guest that is wanted on the bootstrap processor.
-pub fn wanted_here() -> Option<Arc<Guest>> {
-    let mut guests = all().into_iter();
-    guests.find(|guest| guest.own_cpu().is_none() && guest.is_wanted())
-}
-
 /// Whether a guest is loaded and waits to be started by the operator.
 pub fn any_created() -> bool {
-    let created = |guest: &Arc<Guest>| guest.with(|life| matches!(life, Life::Created(_)));
-    all().iter().any(created)
+    all().iter().any(|guest| guest.is_created())
 }
 
 impl Guest {
@@ -187,11 +198,29 @@ impl Guest {
         self.config
     }
 
-    /// The CPU that it has for itself; none where that is the bootstrap processor, which
-    /// others share.
-    pub fn own_cpu(&self) -> Option<&'static Cpu> {
-        let number = *self.config.cpus.first()? as usize;
-        cpus::get(number).filter(|cpu| cpu.number != cpus::BOOTSTRAP)
+    /// The CPUs of its vCPUs, by their numbers; none where it has no place.
+    pub fn processors(&self) -> &[&'static Processor] {
+        &self.processors
+    }
+
+    /// These CPUs, as the operator knows them.
+    pub fn places(&self) -> impl fmt::Display {
+        Places(self.processors.iter().map(|own| own.cpu.number).collect())
+    }
+
+    /// Whether it is in memory, and is not to start yet.
+    pub fn is_created(&self) -> bool {
+        self.with(|life| matches!(life, Life::Created(_)))
+    }
+
+    /// It is to start when the guest has ended that its configuration names.
+    pub fn set_follower(&self) {
+        self.follower.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is; whoever gets true is to see to it.
+    pub fn take_follower(&self) -> bool {
+        self.follower.swap(false, Ordering::Relaxed)
     }
 
     /// What is asked of it while it runs.
@@ -205,10 +234,6 @@ impl Guest {
             Life::Wanted(wanted) => wanted.loaded.is_some(),
             Life::Created(_) | Life::Loading | Life::Running(_) => true,
         })
-    }
-
-    fn is_wanted(&self) -> bool {
-        self.with(|life| matches!(life, Life::Wanted(_)))
     }
 
     /// Takes what is wanted of it; whoever gets it is to see to it.
@@ -235,6 +260,9 @@ impl Guest {
 
     /// Wants it to be in memory, and to `start`.
     fn want(&self, start: bool) -> Result<(), &'static str> {
+        if self.processors.is_empty() {
+            return Err("it has no CPU; log says why");
+        }
         let kept = guests::may_start_again();
         self.with(|life| {
             let loaded = match mem::replace(life, Life::Absent) {
@@ -314,6 +342,7 @@ impl Guest {
             }
         });
         self.take_again();
+        guests::tell_bootstrap();
         dropped.is_some()
     }
 
@@ -342,20 +371,19 @@ impl Guest {
             } else {
                 self.control.ask(request);
             }
-            local_apic::kick(running.cpu);
+            for mailbox in running.mailboxes.iter() {
+                mailbox.post(Events::REQUEST);
+            }
             Ok(())
         })
     }
 
-    /// Whether what was asked of it last is done: it has ended, started or is created, or has
-    /// to wait for another guest.
+    /// Whether what was asked of it last is done: it has ended, started or is created.
     pub fn is_settled(&self) -> bool {
         let asked = self.control.asked();
-        let waits = self.own_cpu().is_none() && guests::bootstrap_is_busy();
         self.with(|life| match life {
             Life::Absent | Life::Created(_) => true,
-            Life::Wanted(_) => waits,
-            Life::Loading => false,
+            Life::Wanted(_) | Life::Loading => false,
             Life::Running(_) => !asked.intersects(Request::STOP | Request::RESET),
             Life::Ended { .. } => !self.again.load(Ordering::Relaxed),
         })
@@ -366,28 +394,47 @@ impl Guest {
         Arc::clone(&self.console)
     }
 
-    /// It starts, on the calling CPU. What was asked of it before is forgotten.
-    pub fn started(&self, tier: ApicTier, statistics: Statistics<Vcpu>) {
+    /// It starts. What was asked of it before is forgotten.
+    pub fn started(&self, vm: &Vm) {
         self.control.withdraw(Request::all());
         let running = Life::Running(Running {
-            tier,
-            cpu: local_apic::id(),
-            statistics,
+            mailboxes: vm.mailboxes(),
+            tier: None,
+            statistics: Vec::new(),
             then: Then::AsConfigured,
         });
         self.with(|life| *life = running);
+        self.console.attach(Some(vm.mailboxes()));
         console::started(self.index);
+    }
+
+    /// One of its vCPUs is there.
+    pub fn joined(&self, tier: ApicTier, statistics: Statistics<Vcpu>) {
+        self.with(|life| {
+            if let Life::Running(running) = life {
+                running.tier = Some(tier);
+                running.statistics.push(statistics);
+            }
+        });
+    }
+
+    /// Its exits, while it runs.
+    pub fn exits(&self) -> Exits {
+        self.with(|life| match life {
+            Life::Running(running) => running.exits(),
+            _ => Exits::sum(&[]),
+        })
     }
 
     /// It has ended, or could not start.
     pub fn ended(&self, how: &impl ToString) {
         let how = how.to_string();
+        self.console.attach(None);
         let before = self.with(|life| {
             let (was, destroyed) = match life {
-                Life::Running(running) => (
-                    Some(Box::new(running.past())),
-                    running.then == Then::Destroy,
-                ),
+                Life::Running(running) => {
+                    (running.past().map(Box::new), running.then == Then::Destroy)
+                }
                 _ => (None, false),
             };
             let after = if destroyed {
@@ -404,7 +451,7 @@ impl Guest {
     /// Its last exits, the oldest first; until it has started, none.
     pub fn trace(&self) -> Vec<Traced> {
         self.with(|life| match life {
-            Life::Running(running) => running.statistics.trace(),
+            Life::Running(running) => running.trace(),
             Life::Ended { was: Some(was), .. } => was.trace.clone(),
             _ => Vec::new(),
         })
@@ -412,36 +459,52 @@ impl Guest {
 
     /// As it is now.
     pub fn look(&self) -> commands::Guest {
-        let (state, tier, cpu, exits) = self.with(|life| match life {
-            Life::Absent => ("not created".into(), None, None, None),
-            Life::Created(_) => ("created".into(), None, None, None),
-            Life::Wanted(Wanted { start: true, .. }) => ("to be started".into(), None, None, None),
-            Life::Wanted(_) => ("to be created".into(), None, None, None),
-            Life::Loading => ("being loaded".into(), None, None, None),
+        let (state, tier, exits) = self.with(|life| match life {
+            Life::Absent => ("not created".into(), None, None),
+            Life::Created(_) => ("created".into(), None, None),
+            Life::Wanted(Wanted { start: true, .. }) => ("to be started".into(), None, None),
+            Life::Wanted(_) => ("to be created".into(), None, None),
+            Life::Loading => ("being loaded".into(), None, None),
             Life::Running(running) => (
                 if self.control.asked().contains(Request::PAUSE) {
                     "pausing".into()
                 } else {
                     "running".into()
                 },
-                Some(running.tier),
-                Some(running.cpu),
+                running.tier,
                 Some(running.exits()),
             ),
             Life::Ended { how, was } => {
                 let was = was.as_ref();
                 let exits = was.map(|was| was.exits.clone());
-                (how.clone(), was.map(|was| was.tier), None, exits)
+                (how.clone(), was.map(|was| was.tier), exits)
             }
         });
+        let runs = self.with(|life| matches!(life, Life::Running(_)));
+        let cpus = self.processors.iter().filter(|_| runs);
         commands::Guest {
             name: self.config.name.clone(),
             state,
             memory: self.config.memory,
             vcpus: self.config.vcpus,
             apic: tier.map(|tier| tier.to_string()),
-            cpu,
+            cpus: cpus.map(|own| own.cpu.number).collect(),
             exits,
         }
+    }
+}
+
+/// Numbers of CPUs, as in "CPU 0" and "CPUs 1, 2".
+struct Places(Vec<usize>);
+
+impl fmt::Display for Places {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.len() == 1 { "CPU " } else { "CPUs " })?;
+        let mut separator = "";
+        self.0.iter().try_for_each(|cpu| {
+            write!(f, "{separator}{cpu}")?;
+            separator = ", ";
+            Ok(())
+        })
     }
 }

@@ -16,7 +16,7 @@
 //! line has no room for more. A column "timed" is there where times were not
 //! recorded for all exits. Great times are in thousands of ticks, `k`, or more.
 
-use crate::vmx::exit_reason;
+use crate::vmx::exit_reason::{self, REASONS};
 use crate::vmx::exit_times::{BUCKETS, ExitTimes, Times};
 use alloc::vec::Vec;
 use arrayvec::ArrayString;
@@ -29,7 +29,7 @@ const WIDTH: usize = 73;
 /// The histogram has room for so many buckets, however wide the rest is.
 const LEAST_BUCKETS: usize = 8;
 
-/// The exits of a vCPU, as they were when this was made.
+/// The exits of a guest, as they were when this was made.
 #[derive(Clone, Debug)]
 pub struct Exits {
     /// The most frequent reason first, and none that never happened.
@@ -57,22 +57,33 @@ struct Row {
 impl Exits {
     /// From the counts by basic reason and, where they were recorded, the times.
     pub fn new(counts: &[u64], times: Option<&ExitTimes>) -> Self {
+        Self::sum(&[(counts, times)])
+    }
+
+    /// The same of several vCPUs together.
+    pub fn sum(vcpus: &[(&[u64], Option<&ExitTimes>)]) -> Self {
         let mut reasons: Vec<Reason> = Vec::new();
-        for (number, &count) in counts.iter().enumerate().filter(|(_, count)| **count > 0) {
-            let times = times.map_or_else(Times::default, |times| times.get(number));
-            let row = Row { count, times };
-            let place = reasons.partition_point(|before| before.row.count >= count);
-            reasons.insert(place, Reason { number, row });
-        }
         let mut all = Row::default();
-        for reason in &reasons {
-            all.count = all.count.saturating_add(reason.row.count);
-            all.times.add(&reason.row.times);
+        for number in 0..REASONS {
+            let mut row = Row::default();
+            for (counts, times) in vcpus {
+                let count = counts.get(number).copied().unwrap_or(0);
+                row.count = row.count.saturating_add(count);
+                if let Some(times) = times {
+                    row.times.add(&times.get(number));
+                }
+            }
+            if row.count > 0 {
+                let place = reasons.partition_point(|before| before.row.count >= row.count);
+                reasons.insert(place, Reason { number, row });
+                all.count = all.count.saturating_add(row.count);
+                all.times.add(&row.times);
+            }
         }
         Self {
             reasons,
             all,
-            timed: times.is_some(),
+            timed: vcpus.iter().any(|(_, times)| times.is_some()),
         }
     }
 

@@ -5,8 +5,10 @@
 //! tests (see [`super::timer`]). What an answer does to the local APIC or to the
 //! chipset is followed by a look at what came of it.
 
-use super::{Leave, Vcpu};
+use super::Vcpu;
+use crate::devices::Ticks;
 use crate::devices::chipset::Chipset;
+use crate::vm::mailbox::Events;
 use bitflags::bitflags;
 
 bitflags! {
@@ -30,14 +32,6 @@ impl Vcpu {
     pub(super) fn attend_to(&mut self, attention: Attention) {
         self.attention |= attention;
         self.timer.settle_now();
-    }
-
-    /// After an interrupt of the host, by which somebody may have asked for something.
-    #[inline]
-    pub(super) fn look_at_requests(&mut self) {
-        if !self.vm.control.asked().is_empty() && self.leave.is_none() {
-            self.leave(Leave::Request);
-        }
     }
 
     /// After something was done to the local APIC.
@@ -65,6 +59,11 @@ impl Vcpu {
     pub(super) fn with_chipset<R>(&mut self, f: impl FnOnce(&mut Chipset) -> R) -> R {
         let mut chipset = self.vm.chipset.lock();
         let result = f(&mut chipset);
+        if self.id != 0 {
+            drop(chipset);
+            self.tell_first();
+            return result;
+        }
         let (intr, deadline) = self.vm.signals.publish(&chipset);
         drop(chipset);
         if self.timer.is_after(deadline) {
@@ -74,5 +73,21 @@ impl Vcpu {
             self.attend_to(Attention::EVENTS);
         }
         result
+    }
+
+    /// This vCPU has changed the chipset, whose deadlines and INTR are the first one's.
+    #[inline(never)]
+    fn tell_first(&mut self) {
+        let chipset = self.vm.chipset.lock();
+        let before = (self.vm.signals.intr(), self.vm.signals.deadline());
+        let after = self.vm.signals.publish(&chipset);
+        drop(chipset);
+        if after.1 == Ticks(0) {
+            // Messages: whoever comes first sends them on.
+            self.attend_to(Attention::DEVICES);
+        }
+        if after != before {
+            self.vm.mailbox(0).post(Events::CHIPSET);
+        }
     }
 }

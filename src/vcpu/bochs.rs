@@ -13,7 +13,7 @@
 //! Bochs is told by the rate of its preemption timer, that of the time-stamp counter:
 //! IA32_VMX_MISC gives 5 or more on silicon. A CPU without that timer is taken for it.
 
-use super::{Attention, SetupError, Vcpu};
+use super::{SetupError, Vcpu};
 use crate::arch::cpu;
 use crate::devices::Ticks;
 
@@ -52,10 +52,7 @@ impl Vcpu {
     /// Takes the host interrupts that the guest did not exit for.
     pub(super) fn take_missed_interrupts(&mut self) {
         self.admit_interrupts(cpu::interrupt_window);
-        self.look_at_requests();
-        if self.vm.console.has_moved() {
-            self.attend_to(Attention::CONSOLE);
-        }
+        self.look_at_mail();
     }
 
     /// From here on no host interrupt is taken but in [`Vcpu::admit_interrupts`].

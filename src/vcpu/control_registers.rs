@@ -265,7 +265,7 @@ impl Vcpu {
     }
 
     /// What MOV to CR0 and CR4 invalidate. With VPID the entry does not.
-    fn flush_tlb(&mut self) {
+    pub(super) fn flush_tlb(&mut self) {
         let invalidator = crate::vmx::vpid::Invalidator::new(self.vmx.capabilities.ept_vpid);
         // SAFETY: a vCPU exists only in VMX root operation.
         let flushed = unsafe { invalidator.vpid(self.vpid) };

@@ -209,6 +209,11 @@ impl CpuidTable {
             .then(|| &self.rows[(usize::from(slot.first) + subleaf as usize) % ROWS])
     }
 
+    /// Family, model and stepping: EAX of leaf 1.
+    pub fn signature(&self) -> u32 {
+        self.row(1, 0).map_or(0, |row| row[EAX])
+    }
+
     /// Follows the guest's CR4.OSXSAVE: leaf 1 ECX bit 27 repeats it.
     pub fn set_osxsave(&mut self, on: bool) {
         set_bits(&mut self.row_mut(1, 0)[ECX], LEAF1_ECX_OSXSAVE, on);

@@ -2,9 +2,7 @@
 //! order (SDM 3, 7.9 and 27.6).
 
 use super::{Attention, Vcpu};
-use crate::devices::Message;
 use crate::devices::chipset::Chipset;
-use crate::devices::local_apic::Event;
 use crate::vmx::exit::InterruptionInfo;
 use crate::vmx::vmcs::{control, guest, information};
 use core::fmt;
@@ -50,9 +48,9 @@ pub(super) struct Pending {
     /// instruction length.
     interrupted: Option<(InterruptionInfo, u32, u32)>,
     exception: Option<Exception>,
-    nmi: bool,
+    pub(super) nmi: bool,
     /// The I/O APIC has passed the 8259s' INTR on.
-    extint: bool,
+    pub(super) extint: bool,
 }
 
 /// What an entry injects.
@@ -174,21 +172,6 @@ impl Vcpu {
 
     fn has_extint(&self) -> bool {
         self.pending.extint || self.vm.signals.intr() && self.apic.lint0_takes_extint()
-    }
-
-    /// Sends a message to the local APICs that it names.
-    pub(super) fn deliver(&mut self, message: Message, from_self: bool) {
-        if !self.apic.is_destination(message.destination, from_self) {
-            return;
-        }
-        self.attend_to(Attention::EVENTS);
-        match self.apic.accept(message) {
-            Event::Nmi => self.pending.nmi = true,
-            Event::ExtInt => self.pending.extint = true,
-            Event::Init if self.tier.delivers() => self.write_interrupt_status(),
-            // INIT and SIPI to a running boot processor are for several vCPUs; SMM does not exist.
-            Event::None | Event::Init | Event::StartUp(_) | Event::Smi => {}
-        }
     }
 
     /// Injects what comes first. Asks for a window exit when something has to wait:

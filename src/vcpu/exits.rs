@@ -58,7 +58,8 @@ impl Vcpu {
             Exit::VirtualizedEoi(vector) => self.virtualized_eoi(vector),
             Exit::ApicWrite(offset) => self.apic_write(offset),
             // Caches are the host's: no device of the guest reads memory behind them.
-            Exit::CacheInvalidation | Exit::Pause | Exit::Invlpg => self.skip_instruction(),
+            Exit::CacheInvalidation | Exit::Invlpg => self.skip_instruction(),
+            Exit::Pause => self.pause(),
             // The guest has no performance counters.
             Exit::Rdpmc => return Err(Exception::GeneralProtection),
             Exit::VmxInstruction | Exit::Mwait | Exit::Monitor | Exit::DebugRegister => {
@@ -125,11 +126,14 @@ impl Vcpu {
     #[inline]
     pub(super) fn external_interrupt(&mut self, vector: u8) {
         interrupts::dispatch(vector);
-        self.look_at_requests();
+        self.look_at_mail();
         self.attend_to(Attention::DEVICES);
-        if self.vm.console.has_moved() {
-            self.attend_to(Attention::CONSOLE);
-        }
+    }
+
+    /// The guest spins for so long that it waits for another vCPU.
+    pub(super) fn pause(&mut self) {
+        self.skip_instruction();
+        self.leave_for(Leave::Spin);
     }
 
     #[inline]

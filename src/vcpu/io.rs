@@ -159,18 +159,6 @@ impl Vcpu {
         }
     }
 
-    /// Shows what a guest that has ended has sent. Waits for the serial port.
-    pub(super) fn flush_console(&mut self) {
-        loop {
-            self.pump_console();
-            if self.vm.console.unsent() == 0 {
-                return;
-            }
-            console::flush();
-            console::attend();
-        }
-    }
-
     /// Moves bytes between the guest's COM1 and its console, as many as both sides take.
     pub(super) fn pump_console(&mut self) {
         let now = self.now();

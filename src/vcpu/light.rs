@@ -29,7 +29,7 @@ pub(super) static TABLE: LightTable<Vcpu> = {
     table[number::IO] = io;
     table[number::RDMSR] = rdmsr;
     table[number::WRMSR] = wrmsr;
-    table[number::PAUSE] = skip;
+    table[number::PAUSE] = pause;
     table[number::TPR_BELOW_THRESHOLD] = look_at_events;
     table[number::APIC_ACCESS] = with_all::<Vcpu, ApicAccesses>;
     table[number::VIRTUALIZED_EOI] = virtualized_eoi;
@@ -47,6 +47,11 @@ extern "C" fn heavy(_: &mut Vcpu, _: &mut LightRegisters) -> Verdict {
 
 extern "C" fn skip(vcpu: &mut Vcpu, _: &mut LightRegisters) -> Verdict {
     vcpu.skip_instruction();
+    vcpu.verdict()
+}
+
+extern "C" fn pause(vcpu: &mut Vcpu, _: &mut LightRegisters) -> Verdict {
+    vcpu.pause();
     vcpu.verdict()
 }
 

@@ -314,6 +314,9 @@ impl Vcpu {
     #[inline(never)]
     fn local_apic_write_other(&mut self, offset: u64, width: Width, value: u64) {
         let action = self.apic.mmio_write(self.now(), offset, width, value);
+        if register::is_address(offset as u16) {
+            self.publish_address();
+        }
         self.act(action);
     }
 

@@ -18,6 +18,7 @@ pub mod io;
 mod known_moves;
 mod lead;
 mod light;
+mod mail;
 pub mod mmio;
 pub mod model_specific;
 pub mod msr;
@@ -30,8 +31,8 @@ mod virtual_apic;
 pub mod walk;
 
 use crate::addr::Gpa;
-use crate::devices::Clock;
 use crate::devices::local_apic::LocalApic;
+use crate::devices::{Clock, Ticks};
 use crate::vm::machine::Vm;
 use crate::vmx::apic::ApicTier;
 use crate::vmx::operation::Vmx;
@@ -46,11 +47,20 @@ use known_moves::KnownMoves;
 use lead::Lead;
 use msr::Msrs;
 
-pub use run::End;
+use run::Activity;
+
+pub use run::{End, Turn};
 pub use state::SetupError;
 
 /// One virtual CPU, on the CPU that its VMCS is current on.
 pub struct Vcpu {
+    /// The local APIC's identifier, and its number in the guest.
+    id: u32,
+    activity: Activity,
+    /// Nothing but NMI, INIT and start-up interrupts can have it go on.
+    deaf: bool,
+    /// When it is to give way to others on its CPU.
+    turn_ends: Ticks,
     vm: Arc<Vm>,
     vmx: Vmx,
     vmcs: Vmcs,
@@ -96,8 +106,12 @@ pub struct Vcpu {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Leave {
     Halt,
-    /// Something is asked of the guest ([`crate::vm::control`]).
-    Request,
+    /// There is mail that is not for between two instructions.
+    Mail,
+    /// Its turn is over.
+    Turn,
+    /// It spins, waiting for another vCPU.
+    Spin,
     End(End),
 }
 
@@ -107,9 +121,36 @@ impl Vcpu {
         self.tier
     }
 
+    /// What XCR0 may hold; 0 where there is no XSAVE.
+    pub fn xcr0_supported(&self) -> u64 {
+        self.cpuid.xcr0_supported()
+    }
+
+    /// The tag of its translations in the TLB.
+    pub const fn vpid(&self) -> Vpid {
+        self.vpid
+    }
+
+    /// Whether others have something for it.
+    pub fn has_mail(&self) -> bool {
+        self.mailbox().has_mail()
+    }
+
+    /// Makes its VMCS the current one of its CPU, which it has been before.
+    pub fn make_current(&self) {
+        self.vmcs.make_current();
+    }
+
     /// Ends the guest at the next look.
     fn end(&mut self, end: End) {
         self.leave(Leave::End(end));
+    }
+
+    /// Leaves for `leave` where nothing else is the reason.
+    fn leave_for(&mut self, leave: Leave) {
+        if self.leave.is_none() {
+            self.leave(leave);
+        }
     }
 
     fn leave(&mut self, leave: Leave) {

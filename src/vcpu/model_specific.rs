@@ -6,7 +6,7 @@ use super::msr::number::X2APIC_FIRST;
 use super::msr::{GeneralProtection, Held, MsrRead, MsrWrite};
 use super::pvclock::{self, SystemTime};
 use crate::arch::registers::LightRegisters;
-use crate::devices::local_apic::{Fault, Mode};
+use crate::devices::local_apic::{Fault, Mode, register};
 use crate::vmx::vmcs::guest;
 
 const EFER_LME: u64 = 1 << 8;
@@ -74,15 +74,19 @@ impl Vcpu {
                 self.cpuid
                     .set_apic_enabled(self.apic.mode() != Mode::Disabled);
                 self.follow_apic_mode();
+                self.publish_address();
                 self.look_at_apic();
             }
             Held::Tsc => self.shift_tsc(now, value.wrapping_sub(self.tsc(now))),
             Held::TscAdjust => self.set_tsc_adjust(value),
             Held::TscDeadline => self.set_tsc_deadline(now, value),
             Held::DebugCtl => self.vmcs.write(guest::DEBUGCTL, value),
-            Held::X2Apic(register) => {
-                let msr = X2APIC_FIRST + u32::from(register);
+            Held::X2Apic(number) => {
+                let msr = X2APIC_FIRST + u32::from(number);
                 let action = self.apic.msr_write(now, msr, value)?;
+                if register::is_address(u16::from(number) << 4) {
+                    self.publish_address();
+                }
                 self.act(action);
             }
             Held::KvmWallClock => {

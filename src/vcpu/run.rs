@@ -6,18 +6,14 @@ use super::timer::NEVER;
 use super::tsc::ticks_since;
 use super::{Attention, Leave, Vcpu};
 use crate::addr::{Gpa, Gva};
-use crate::arch::cpu;
 use crate::devices::Ticks;
 use crate::devices::chipset::Chipset;
-use crate::host::time;
-use crate::vm::boot::EntryState;
 use crate::vm::control::Request;
 use crate::vmx::check::{self, FieldReader};
 use crate::vmx::entry::{Entry, Left, Next};
 use crate::vmx::ept::EptError;
 use crate::vmx::error::{EntryFailure, VmInstructionError};
 use crate::vmx::exit_reason;
-use crate::vmx::live_state;
 use crate::vmx::vmcs::{Vmcs, guest, information};
 use core::{fmt, mem};
 
@@ -125,42 +121,78 @@ impl fmt::Display for End {
     }
 }
 
-/// What a wait in HLT has ended with.
-enum Woken {
-    Now,
-    /// The local APIC's timer has expired, and that is when.
-    For(Ticks),
-    Never,
-    /// Somebody has asked for that.
-    End(End),
+/// What a vCPU does when it has the CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Activity {
+    /// It executes the guest.
+    Running,
+    /// It is in HLT.
+    Halted,
+    /// It waits for a start-up interrupt (SDM 3, 10.4): in software, since a hypervisor below
+    /// may not have that activity state.
+    AwaitsStartUp,
+}
+
+/// How a turn of a vCPU on its CPU has ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// Nothing is to be done but when there is mail, or this time has come, if any: of the
+    /// host's time-stamp counter.
+    Waits(Option<u64>),
+    /// The time for it is over, or another vCPU may want the CPU.
+    Yields,
+    /// It spins until another vCPU has done something.
+    Spins,
+    Ends(End),
 }
 
 impl Vcpu {
-    /// Runs the guest to its end, and shows what its console still holds.
-    pub fn run(&mut self, entry: &mut Entry<Self>, start: &EntryState) -> End {
-        self.vm.console.attach();
+    /// Runs the guest on the vCPU's CPU, at most until the host's time-stamp counter has come
+    /// to `until`. The VMCS is current, and the guest's registers are in the hardware.
+    pub fn turn(&mut self, entry: &mut Entry<Self>, until: Option<u64>) -> Turn {
+        self.turn_ends = until.map_or(NEVER, |until| Ticks(until.saturating_sub(self.vm.started)));
         self.hold_interrupts(true);
-        let end = self.run_to_end(entry, start);
+        let turn = self.run(entry);
         self.hold_interrupts(false);
-        self.flush_console();
-        self.vm.console.detach();
-        end
+        turn
     }
 
-    fn run_to_end(&mut self, entry: &mut Entry<Self>, start: &EntryState) -> End {
-        *entry.registers() = super::state::entry_registers(start);
-        live_state::reset(self.cpuid.xcr0_supported());
-        self.attend_to(Attention::CONSOLE);
-        let mut woken = Woken::Now;
+    fn run(&mut self, entry: &mut Entry<Self>) -> Turn {
+        let mut woken = None;
         loop {
+            self.hear();
+            self.open_all(entry);
+            let asked = self.vm.control.asked();
+            if asked.contains(Request::STOP) {
+                return Turn::Ends(End::Stopped);
+            }
+            if asked.contains(Request::RESET) {
+                return Turn::Ends(End::Reset);
+            }
+            if asked.contains(Request::PAUSE) {
+                return Turn::Waits(None);
+            }
+            if self.activity != Activity::Running {
+                self.pump_console();
+                match self.look_for_reason_to_wake() {
+                    Some(due) => {
+                        woken = due;
+                        self.activity = Activity::Running;
+                    }
+                    None => return self.wait(),
+                }
+            }
             // What a wait, or the start, has changed.
             self.attend_to(Attention::DEVICES);
-            self.look_around();
-            if let Woken::For(due) = woken {
-                let started = self.vm.started;
-                self.halt_lead.wait(due, || ticks_since(started));
-            }
-            let left = entry.run(self);
+            let left = if self.look_around() == Next::Leave {
+                Left::Handler
+            } else {
+                if let Some(due) = woken.take() {
+                    let started = self.vm.started;
+                    self.halt_lead.wait(due, || ticks_since(started));
+                }
+                entry.run(self)
+            };
             match left {
                 Left::Handler => {}
                 Left::FailInvalid => return self.failed(End::EntryRefused(None)),
@@ -169,17 +201,11 @@ impl Vcpu {
                     return self.failed(End::EntryRefused(Some(VmInstructionError(error))));
                 }
             }
-            woken = match self.leave.take() {
-                None => Woken::Now,
-                Some(Leave::Halt) => match self.wait() {
-                    Woken::Never => return self.failed(End::HaltedForever),
-                    Woken::End(end) => return end,
-                    woken => woken,
-                },
-                Some(Leave::Request) => match self.obey() {
-                    Some(end) => return end,
-                    None => Woken::Now,
-                },
+            match self.leave.take() {
+                None | Some(Leave::Mail) => {}
+                Some(Leave::Halt) => self.activity = Activity::Halted,
+                Some(Leave::Turn) => return Turn::Yields,
+                Some(Leave::Spin) => return Turn::Spins,
                 Some(Leave::End(end)) => return self.failed(end),
             }
         }
@@ -190,6 +216,7 @@ impl Vcpu {
     pub(super) fn look_around(&mut self) -> Next {
         let attention = mem::replace(&mut self.attention, Attention::empty());
         if attention.contains(Attention::LEAVE) {
+            self.attention = attention - Attention::LEAVE;
             return Next::Leave;
         }
         if attention.contains(Attention::CONSOLE) {
@@ -198,6 +225,11 @@ impl Vcpu {
         let timed = attention.intersects(Attention::DEVICES | Attention::CONSOLE);
         if timed {
             let now = self.now();
+            if now >= self.turn_ends {
+                // Nothing is lost: the next turn begins with a look at everything.
+                self.leave(Leave::Turn);
+                return Next::Leave;
+            }
             self.advance(now);
             self.set_timer(now);
         }
@@ -218,7 +250,7 @@ impl Vcpu {
         if self.apic.deadline().is_some_and(|deadline| deadline <= now) {
             self.apic.advance(now);
         }
-        if self.vm.signals.deadline() > now {
+        if self.chipset_deadline() > now {
             return;
         }
         let mut message = self.with_chipset(|chipset| {
@@ -234,61 +266,44 @@ impl Vcpu {
         }
     }
 
-    /// Waits in HLT until the guest has something to do. For the local APIC's timer it
-    /// wakes up a little early.
-    fn wait(&mut self) -> Woken {
-        self.pump_console();
-        loop {
-            let now = self.now();
-            let mut woken = Woken::Now;
-            let due = self.next_deadline();
-            if self.apic.expires_by(due) && self.halt_lead.has_come(due, now) {
-                self.apic.advance(due);
-                woken = Woken::For(due);
-            }
-            self.advance(now);
-            if self.has_wake_event() {
-                return woken;
-            }
-            if let Some(end) = self.obey() {
-                return Woken::End(end);
-            }
-            if self.interrupts_are_off() {
-                return Woken::Never;
-            }
-            let deadline = self.next_deadline();
-            if deadline != NEVER {
-                let asked = self.ask_before(deadline, self.halt_lead);
-                time::arm(asked.0.saturating_sub(now.0));
-            }
-            self.admit_interrupts(cpu::wait_for_interrupt);
-            if self.vm.console.has_moved() {
-                self.pump_console();
-            }
+    /// Whether a vCPU that waits has a reason to go on, and what is due then: the expiry of
+    /// the local APIC's timer, for which it wakes up a little early.
+    fn look_for_reason_to_wake(&mut self) -> Option<Option<Ticks>> {
+        let now = self.now();
+        let mut woken = None;
+        let due = self.next_deadline();
+        if self.apic.expires_by(due) && self.halt_lead.has_come(due, now) {
+            self.apic.advance(due);
+            woken = Some(due);
         }
+        self.advance(now);
+        (self.activity == Activity::Halted && self.has_wake_event()).then_some(woken)
     }
 
-    /// Does what is asked of the guest, which may take as long as it is to pause; what it
-    /// ends with, if that was it.
-    fn obey(&mut self) -> Option<End> {
-        loop {
-            let asked = self.vm.control.asked();
-            if asked.contains(Request::STOP) {
-                return Some(End::Stopped);
+    /// The end of a turn in which the guest has nothing to do.
+    fn wait(&mut self) -> Turn {
+        if self.activity == Activity::AwaitsStartUp || self.interrupts_are_off() {
+            self.deaf = true;
+            if self.vm.is_still() {
+                return self.failed(End::HaltedForever);
             }
-            if asked.contains(Request::RESET) {
-                return Some(End::Reset);
-            }
-            if !asked.contains(Request::PAUSE) {
-                return None;
-            }
-            // Whoever withdraws it interrupts this.
-            self.admit_interrupts(cpu::wait_for_interrupt);
+        }
+        let deadline = self.next_deadline();
+        Turn::Waits((deadline != NEVER).then(|| {
+            let asked = self.ask_before(deadline, self.halt_lead);
+            self.vm.started.saturating_add(asked.0)
+        }))
+    }
+
+    /// It may have mail, and is no longer [deaf](crate::vm::stillness) before it takes that.
+    fn hear(&mut self) {
+        if mem::take(&mut self.deaf) {
+            self.vm.stillness.remove();
         }
     }
 
     /// Reports what was wrong with the state when an entry failed.
-    fn failed(&self, end: End) -> End {
+    fn failed(&self, end: End) -> Turn {
         match end {
             End::PowerOff | End::Reset | End::Exit(_) | End::Stopped => {}
             End::EntryFailure { .. } | End::EntryRefused(_) => {
@@ -298,7 +313,7 @@ impl Vcpu {
             }
             _ => self.report_registers(),
         }
-        end
+        Turn::Ends(end)
     }
 
     fn report_registers(&self) {

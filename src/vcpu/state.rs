@@ -9,7 +9,8 @@ use super::exceptions;
 use super::lead::Lead;
 use super::msr::number::{BIOS_SIGN_ID, MISC_ENABLE};
 use super::msr::{self, MISC_ENABLE_FAST_STRINGS, Msrs};
-use super::timer::EntryTimer;
+use super::run::Activity;
+use super::timer::{EntryTimer, NEVER};
 use super::{Attention, Vcpu, virtual_apic};
 use crate::addr::Hva;
 use crate::arch::msr::try_read;
@@ -76,6 +77,10 @@ mod rights {
     pub const CODE_64: u32 = 0xa09b;
     pub const CODE_32: u32 = 0xc09b;
     pub const DATA: u32 = 0xc093;
+    /// In real mode (SDM 3, table 10-1): of 64 KiB, in bytes.
+    pub const CODE_16: u32 = 0x9b;
+    pub const DATA_16: u32 = 0x93;
+    pub const LDT: u32 = 0x82;
     pub const BUSY_TSS: u32 = 0x8b;
     pub const UNUSABLE: u32 = 0x1_0000;
 }
@@ -83,6 +88,8 @@ mod rights {
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
 const CR0_NE: u64 = 1 << 5;
+const CR0_NW: u64 = 1 << 29;
+const CR0_CD: u64 = 1 << 30;
 const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LONG_MODE: u64 = 1 << 8 | 1 << 10;
@@ -91,11 +98,18 @@ const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 const RFLAGS_RESET: u64 = 2;
 const DR7_RESET: u64 = 0x400;
 
+/// A loop executes PAUSE with less than so many ticks between (SDM 3, 26.1.3) ...
+const PLE_GAP: u32 = 128;
+/// ... and spins when it has done so for more than this: longer than most locks are held.
+const PLE_WINDOW: u32 = 4096;
+
 /// Where guest-physical address space is not RAM, for the guest's MTRRs.
 const MMIO: core::ops::Range<u64> = 0xc000_0000..0x1_0000_0000;
 
 impl Vcpu {
-    /// vCPU `id` of `vm`, current on this CPU, and its stack.
+    /// vCPU `id` of `vm`, current on this CPU, and its stack. It starts as `entry` says, or
+    /// waits for a start-up interrupt where there is none. Where it shares its CPU, it gives way while
+    /// the guest spins.
     ///
     /// # Errors
     /// When memory runs out or the CPU refuses the VMCS.
@@ -104,13 +118,18 @@ impl Vcpu {
         id: u32,
         vmx: Vmx,
         vpid: Vpid,
-        entry: &EntryState,
+        entry: Option<&EntryState>,
+        shares_cpu: bool,
     ) -> Result<(Self, Entry<Self>), SetupError> {
         let tier = virtual_apic::tier(vm.apic, ApicTier::best(&vmx.capabilities));
         if let Some(missing) = tier.missing(&vmx.capabilities) {
             return Err(SetupError::Apic(missing));
         }
         emulate::prepare();
+        let mut vmx = vmx;
+        if shares_cpu {
+            vmx.controls = vmx.controls.with_pause_loop_exiting(&vmx.capabilities);
+        }
         let controls = vmx.controls;
         let vpid = if controls.has(SecondaryControls::ENABLE_VPID) {
             vpid
@@ -121,7 +140,7 @@ impl Vcpu {
         let fast_strings =
             try_read(MISC_ENABLE).is_none_or(|value| value & MISC_ENABLE_FAST_STRINGS != 0);
         let options = cpuid::Options {
-            vcpus: vm.vcpus,
+            vcpus: vm.vcpus(),
             tsc_khz,
             apic_bus_khz: (APIC_TIMER_HZ / 1000) as u32,
             rdtscp: controls.has(SecondaryControls::ENABLE_RDTSCP),
@@ -146,7 +165,7 @@ impl Vcpu {
         // at a time.
         let mut vmcs = unsafe { Vmcs::load(region) }.map_err(SetupError::Vmx)?;
         host_state::write(&mut vmcs, vmx.tables);
-        let stack = Entry::new(&mut vmcs).map_err(SetupError::Stack)?;
+        let mut stack = Entry::new(&mut vmcs).map_err(SetupError::Stack)?;
 
         let mut bitmaps = Box::new(Bitmaps {
             msr: MsrBitmap::ALL,
@@ -166,6 +185,13 @@ impl Vcpu {
         bitmaps.io.pass_through(pc::POST_CODE);
 
         let mut vcpu = Self {
+            id,
+            activity: match entry {
+                Some(_) => Activity::Running,
+                None => Activity::AwaitsStartUp,
+            },
+            deaf: false,
+            turn_ends: NEVER,
             apic: LocalApic::new(id, id == 0, vm.clock).delivered_by_cpu(tier.delivers()),
             tier,
             threshold: 0,
@@ -184,7 +210,7 @@ impl Vcpu {
             system_time: 0,
             wall_clock: 0,
             system_time_version: 0,
-            attention: Attention::empty(),
+            attention: Attention::CONSOLE,
             timer: EntryTimer::new(vm.clock),
             halt_lead: Lead::new(vm.clock),
             leave: None,
@@ -199,7 +225,11 @@ impl Vcpu {
         vcpu.forget_translations()?;
         vcpu.follow_apic_mode();
         vcpu.prepare_for_bochs()?;
-        vcpu.write_guest_state(entry);
+        vcpu.write_power_on_state();
+        let first = entry.unwrap_or(&EntryState::RESET);
+        vcpu.write_guest_state(first);
+        *stack.registers() = vcpu.entry_registers(first);
+        vcpu.publish_address();
         Ok((vcpu, stack))
     }
 
@@ -251,6 +281,10 @@ impl Vcpu {
         if controls.has(SecondaryControls::ENABLE_XSAVES_XRSTORS) {
             vmcs.write(control::XSS_EXITING, 0);
         }
+        if controls.has(SecondaryControls::PAUSE_LOOP_EXITING) {
+            vmcs.write(control::PLE_GAP, PLE_GAP);
+            vmcs.write(control::PLE_WINDOW, PLE_WINDOW);
+        }
         vmcs.write(control::CR0_MASK, control_registers::CR0_OWNED);
         vmcs.write(
             control::CR4_MASK,
@@ -263,81 +297,141 @@ impl Vcpu {
         Ok(())
     }
 
-    fn write_guest_state(&mut self, entry: &EntryState) {
-        let long = matches!(entry.mode, EntryMode::Long64 { .. });
+    /// Has the vCPU begin as `entry` says, with everything else as after INIT (SDM 3,
+    /// table 10-1).
+    pub(super) fn write_guest_state(&mut self, entry: &EntryState) {
+        let mode = Mode::of(entry.mode);
         let vmcs = &mut self.vmcs;
-        let code = if long {
-            rights::CODE_64
-        } else {
-            rights::CODE_32
-        };
         macro_rules! segment {
-            ($selector:ident $base:ident $limit:ident $rights:ident = $value:expr, $limits:expr, $access:expr) => {
+            ($selector:ident $base:ident $limit:ident $rights:ident = $value:expr, $bases:expr, $limits:expr, $access:expr) => {
                 vmcs.write(guest::$selector, $value);
-                vmcs.write(guest::$base, 0);
+                vmcs.write(guest::$base, $bases);
                 vmcs.write(guest::$limit, $limits);
                 vmcs.write(guest::$rights, $access);
             };
         }
-        let data = entry.data_selector;
-        let flat = u32::MAX;
-        segment!(CS_SELECTOR CS_BASE CS_LIMIT CS_ACCESS_RIGHTS = entry.code_selector, flat, code);
-        segment!(DS_SELECTOR DS_BASE DS_LIMIT DS_ACCESS_RIGHTS = data, flat, rights::DATA);
-        segment!(ES_SELECTOR ES_BASE ES_LIMIT ES_ACCESS_RIGHTS = data, flat, rights::DATA);
-        segment!(SS_SELECTOR SS_BASE SS_LIMIT SS_ACCESS_RIGHTS = data, flat, rights::DATA);
-        segment!(FS_SELECTOR FS_BASE FS_LIMIT FS_ACCESS_RIGHTS = data, flat, rights::DATA);
-        segment!(GS_SELECTOR GS_BASE GS_LIMIT GS_ACCESS_RIGHTS = data, flat, rights::DATA);
-        segment!(LDTR_SELECTOR LDTR_BASE LDTR_LIMIT LDTR_ACCESS_RIGHTS = 0, 0, rights::UNUSABLE);
-        segment!(TR_SELECTOR TR_BASE TR_LIMIT TR_ACCESS_RIGHTS = 0, 0x67, rights::BUSY_TSS);
+        let (data, limit, access) = (entry.data_selector, mode.limit, mode.data);
+        let (ldt_limit, ldt) = mode.ldt;
+        segment!(CS_SELECTOR CS_BASE CS_LIMIT CS_ACCESS_RIGHTS = entry.code_selector, mode.code_base, limit, mode.code);
+        segment!(DS_SELECTOR DS_BASE DS_LIMIT DS_ACCESS_RIGHTS = data, 0, limit, access);
+        segment!(ES_SELECTOR ES_BASE ES_LIMIT ES_ACCESS_RIGHTS = data, 0, limit, access);
+        segment!(SS_SELECTOR SS_BASE SS_LIMIT SS_ACCESS_RIGHTS = data, 0, limit, access);
+        segment!(FS_SELECTOR FS_BASE FS_LIMIT FS_ACCESS_RIGHTS = data, 0, limit, access);
+        segment!(GS_SELECTOR GS_BASE GS_LIMIT GS_ACCESS_RIGHTS = data, 0, limit, access);
+        segment!(LDTR_SELECTOR LDTR_BASE LDTR_LIMIT LDTR_ACCESS_RIGHTS = 0, 0, ldt_limit, ldt);
+        segment!(TR_SELECTOR TR_BASE TR_LIMIT TR_ACCESS_RIGHTS = 0, 0, mode.task_limit, rights::BUSY_TSS);
         vmcs.write(guest::GDTR_BASE, entry.gdt_base.0);
         vmcs.write(guest::GDTR_LIMIT, u32::from(entry.gdt_limit));
         vmcs.write(guest::IDTR_BASE, 0);
-        vmcs.write(guest::IDTR_LIMIT, 0);
+        vmcs.write(guest::IDTR_LIMIT, mode.idt_limit);
 
-        let (cr0, cr3, cr4, efer) = match entry.mode {
-            EntryMode::Long64 { cr3 } => (CR0_PE | CR0_PG, cr3.0, CR4_PAE, EFER_LONG_MODE),
-            EntryMode::Protected32 => (CR0_PE, 0, 0, 0),
-        };
-        let cr0 = cr0 | CR0_ET | CR0_NE;
-        vmcs.write(guest::CR0, cr0);
-        vmcs.write(control::CR0_SHADOW, cr0);
-        vmcs.write(guest::CR3, cr3);
+        let required = self.vmx.capabilities.cr0_fixed0 & !(CR0_PE | CR0_PG) | CR0_ET | CR0_NE;
+        vmcs.write(guest::CR0, mode.cr0 & !(CR0_CD | CR0_NW) | required);
+        vmcs.write(control::CR0_SHADOW, mode.cr0);
+        vmcs.write(guest::CR3, mode.cr3);
         vmcs.write(
             guest::CR4,
-            cr4 | control_registers::cr4_required(&self.vmx.capabilities),
+            mode.cr4 | control_registers::cr4_required(&self.vmx.capabilities),
         );
-        vmcs.write(control::CR4_SHADOW, cr4);
-        vmcs.write(guest::EFER, efer);
-        let ia32e = if long {
+        vmcs.write(control::CR4_SHADOW, mode.cr4);
+        vmcs.write(guest::EFER, mode.efer);
+        let ia32e = if mode.efer != 0 {
             EntryControls::IA32E_MODE_GUEST.bits()
         } else {
             0
         };
         vmcs.write(control::ENTRY, self.vmx.controls.entry | ia32e);
-        vmcs.write(guest::PAT, PAT_RESET);
 
         vmcs.write(guest::RIP, entry.rip);
         vmcs.write(guest::RSP, entry.rsp);
         vmcs.write(guest::RFLAGS, RFLAGS_RESET);
         vmcs.write(guest::DR7, DR7_RESET);
         vmcs.write(guest::DEBUGCTL, 0);
+        vmcs.write(guest::INTERRUPTIBILITY, 0);
+        vmcs.write(guest::ACTIVITY, 0);
+        vmcs.write(guest::PENDING_DEBUG, 0);
+        vmcs.write(control::ENTRY_INTERRUPTION_INFO, 0);
+    }
+
+    /// What is 0 or fixed at power-on, and stays as it is at INIT.
+    fn write_power_on_state(&mut self) {
+        let vmcs = &mut self.vmcs;
+        vmcs.write(guest::PAT, PAT_RESET);
         vmcs.write(guest::SYSENTER_CS, 0);
         vmcs.write(guest::SYSENTER_ESP, 0);
         vmcs.write(guest::SYSENTER_EIP, 0);
         vmcs.write(guest::LINK_POINTER, u64::MAX);
-        vmcs.write(guest::INTERRUPTIBILITY, 0);
-        vmcs.write(guest::ACTIVITY, 0);
-        vmcs.write(guest::PENDING_DEBUG, 0);
+    }
+
+    /// The general registers at entry.
+    pub fn entry_registers(&self, entry: &EntryState) -> GeneralRegisters {
+        // Real mode is where a reset leads, which leaves the processor's signature in EDX.
+        let rdx = match entry.mode {
+            EntryMode::Real { .. } => self.cpuid.signature().into(),
+            _ => 0,
+        };
+        GeneralRegisters {
+            rax: entry.rax,
+            rsi: entry.rsi,
+            rbx: entry.rbx,
+            rdx,
+            ..GeneralRegisters::default()
+        }
     }
 }
 
-/// The general registers at entry.
-pub fn entry_registers(entry: &EntryState) -> GeneralRegisters {
-    GeneralRegisters {
-        rax: entry.rax,
-        rsi: entry.rsi,
-        rbx: entry.rbx,
-        ..GeneralRegisters::default()
+/// What is different in the modes that a vCPU may start in.
+struct Mode {
+    code_base: u64,
+    code: u32,
+    data: u32,
+    limit: u32,
+    ldt: (u32, u32),
+    task_limit: u32,
+    idt_limit: u32,
+    cr0: u64,
+    cr3: u64,
+    cr4: u64,
+    efer: u64,
+}
+
+impl Mode {
+    const fn of(entry: EntryMode) -> Self {
+        let flat = Self {
+            code_base: 0,
+            code: rights::CODE_32,
+            data: rights::DATA,
+            limit: u32::MAX,
+            ldt: (0, rights::UNUSABLE),
+            task_limit: 0x67,
+            idt_limit: 0,
+            cr0: CR0_PE | CR0_ET | CR0_NE,
+            cr3: 0,
+            cr4: 0,
+            efer: 0,
+        };
+        match entry {
+            EntryMode::Protected32 => flat,
+            EntryMode::Long64 { cr3 } => Self {
+                code: rights::CODE_64,
+                cr0: CR0_PG | flat.cr0,
+                cr3: cr3.0,
+                cr4: CR4_PAE,
+                efer: EFER_LONG_MODE,
+                ..flat
+            },
+            EntryMode::Real { code_base } => Self {
+                code_base: code_base as u64,
+                code: rights::CODE_16,
+                data: rights::DATA_16,
+                limit: 0xffff,
+                ldt: (0xffff, rights::LDT),
+                task_limit: 0xffff,
+                idt_limit: 0xffff,
+                cr0: CR0_CD | CR0_NW | CR0_ET,
+                ..flat
+            },
+        }
     }
 }
 

@@ -89,8 +89,20 @@ impl Vcpu {
     /// The earliest deadline of the local APIC and the chipset; [`NEVER`] where there is none.
     #[inline]
     pub(super) fn next_deadline(&self) -> Ticks {
-        let chipset = self.vm.signals.deadline();
+        let chipset = self.chipset_deadline();
         self.apic.deadline().map_or(chipset, |own| own.min(chipset))
+    }
+
+    /// When this vCPU has to look after the chipset: the first for its deadlines, any other
+    /// for messages alone, which are due at tick 0 and which it may have caused.
+    #[inline]
+    pub(super) fn chipset_deadline(&self) -> Ticks {
+        let deadline = self.vm.signals.deadline();
+        if self.id == 0 || deadline == Ticks(0) {
+            deadline
+        } else {
+            NEVER
+        }
     }
 
     /// When to ask for what is due at `deadline`: earlier by `lead`, if that is the local
@@ -151,7 +163,7 @@ impl Vcpu {
         let controls = self.vmx.controls;
         let deadline = self.timer.deadline;
         let asked = self.ask_before(deadline, self.timer.lead);
-        let ticks = asked.0.saturating_sub(now.0);
+        let ticks = asked.min(self.turn_ends).0.saturating_sub(now.0);
         let mut budget = LIGHT_EXITS;
         if controls.has_preemption_timer() {
             if !controls.saves_preemption_timer() {
@@ -165,7 +177,7 @@ impl Vcpu {
                 guest::PREEMPTION_TIMER,
                 u32::try_from(count).unwrap_or(u32::MAX),
             );
-        } else if deadline != NEVER {
+        } else if deadline.min(self.turn_ends) != NEVER {
             arm_host_timer(ticks);
         }
         self.timer.light_exits = budget;

@@ -214,6 +214,9 @@ impl Vcpu {
     #[inline]
     pub(super) fn apic_write(&mut self, offset: u16) {
         let action = self.apic.written(self.now(), offset);
+        if register::is_address(offset) {
+            self.publish_address();
+        }
         self.act(action);
     }
 

@@ -16,9 +16,10 @@
 //!
 //! The locks are taken with interrupts off: the operator's line is served in an interrupt.
 
+use super::mailbox::{Events, Mailbox};
 use crate::host::console::Ring;
-use crate::host::local_apic;
-use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use alloc::sync::Arc;
+use core::sync::atomic::{AtomicBool, Ordering};
 use spin::Mutex;
 
 /// Bytes of the scroll-back, those that are to be sent included.
@@ -26,24 +27,17 @@ pub const OUTPUT: usize = 8 * 1024;
 /// Bytes that wait for the guest to read them.
 pub const INPUT: usize = 2 * 1024;
 
-/// No CPU runs the guest.
-const NOWHERE: u32 = u32::MAX;
-
 /// The console of one guest.
 pub struct ConsolePort {
     rings: Mutex<Rings>,
     // Of these atomics no memory is read because of their values, but what is behind the
-    // lock: relaxed accesses are enough. The first two are written with the lock held.
+    // lock: relaxed accesses are enough. They are written with the lock held.
     /// What the guest sends can wait in COM1: nobody looks at this console, or the line has
     /// something to send and will tell when it has taken what is here. A CPU may see this
     /// set for a moment longer than it is: that is before it is told, and then it looks again.
     busy: AtomicBool,
     /// The input ring has something.
     has_input: AtomicBool,
-    /// There is input, or room for output, that the guest's CPU has not seen; it was told.
-    moved: AtomicBool,
-    /// The local APIC identifier of the CPU to tell.
-    cpu: AtomicU32,
 }
 
 struct Rings {
@@ -52,6 +46,8 @@ struct Rings {
     unsent: usize,
     shown: bool,
     input: Ring<INPUT>,
+    /// The mailboxes of the guest's vCPUs, the first of which is told of what moves.
+    vcpus: Option<Arc<[Mailbox]>>,
 }
 
 impl Default for ConsolePort {
@@ -70,24 +66,19 @@ impl ConsolePort {
                 unsent: 0,
                 shown: false,
                 input: Ring::new(),
+                vcpus: None,
             }),
             busy: AtomicBool::new(true),
             has_input: AtomicBool::new(false),
-            moved: AtomicBool::new(false),
-            cpu: AtomicU32::new(NOWHERE),
         }
     }
 
-    /// The calling CPU moves this console's bytes from now on, and does so next.
-    pub fn attach(&self) {
-        self.cpu.store(local_apic::id(), Ordering::Relaxed);
-        // Behind that: what was told to nobody is no reason to tell this CPU nothing.
-        self.moved.store(false, Ordering::Relaxed);
-    }
-
-    /// No CPU does any more.
-    pub fn detach(&self) {
-        self.cpu.store(NOWHERE, Ordering::Relaxed);
+    /// The first of these vCPUs is told from now on when there is input or room for output,
+    /// and looks next; nobody is where there are none.
+    pub fn attach(&self, vcpus: Option<Arc<[Mailbox]>>) {
+        let mut rings = self.rings.lock();
+        rings.vcpus = vcpus;
+        rings.tell();
     }
 
     /// Takes as many `bytes` as there is room for. True when the line has to be told of
@@ -128,13 +119,6 @@ impl ConsolePort {
     pub fn has_input(&self) -> bool {
         self.has_input.load(Ordering::Relaxed)
     }
-
-    /// Whether there may be input, or room for output, since the last call. Costs a read
-    /// where there is not.
-    #[inline]
-    pub fn has_moved(&self) -> bool {
-        self.moved.load(Ordering::Relaxed) && self.moved.swap(false, Ordering::Relaxed)
-    }
 }
 
 /// The line's side.
@@ -145,9 +129,8 @@ impl ConsolePort {
         rings.shown = on;
         rings.unsent = if on { rings.output.len() } else { 0 };
         self.busy.store(!on, Ordering::Relaxed);
-        drop(rings);
         // COM1 may have more.
-        self.tell();
+        rings.tell();
     }
 
     /// Gives the next bytes that are to be sent to `sink`, at most `room`.
@@ -171,12 +154,10 @@ impl ConsolePort {
     pub fn settle(&self, busy: bool) -> bool {
         let rings = self.rings.lock();
         let was_busy = self.busy.swap(busy, Ordering::Relaxed);
-        let unsent = rings.unsent;
-        drop(rings);
-        if was_busy && unsent == 0 {
-            self.tell();
+        if was_busy && rings.unsent == 0 {
+            rings.tell();
         }
-        unsent > 0 && !busy
+        rings.unsent > 0 && !busy
     }
 
     /// A byte for the guest; false when there is no room, and the byte is lost.
@@ -184,24 +165,19 @@ impl ConsolePort {
         let mut rings = self.rings.lock();
         let fits = rings.input.push(byte);
         self.has_input.store(true, Ordering::Relaxed);
-        drop(rings);
-        self.tell();
+        rings.tell();
         fits
-    }
-
-    /// Has the guest's CPU look here. On this CPU it does so behind the interrupt.
-    fn tell(&self) {
-        if self.moved.swap(true, Ordering::Relaxed) {
-            return;
-        }
-        let cpu = self.cpu.load(Ordering::Relaxed);
-        if cpu != NOWHERE && cpu != local_apic::id() {
-            local_apic::kick(cpu);
-        }
     }
 }
 
 impl Rings {
+    /// Has the guest look here.
+    fn tell(&self) {
+        if let Some(first) = self.vcpus.as_ref().and_then(|vcpus| vcpus.first()) {
+            first.post(Events::CONSOLE);
+        }
+    }
+
     /// Whether the guest has to wait.
     const fn is_full(&self) -> bool {
         self.unsent == OUTPUT
@@ -217,11 +193,26 @@ impl Rings {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vm::mailbox::Place;
     use core::sync::atomic::AtomicUsize;
     use proptest::prelude::*;
     use std::collections::VecDeque;
     use std::thread;
     use std::time::{Duration, Instant};
+
+    /// A console and the vCPU that it belongs to.
+    fn attached() -> (ConsolePort, Arc<[Mailbox]>) {
+        let place = Box::leak(Box::new(Place::new(0, 0)));
+        let vcpus: Arc<[Mailbox]> = [Mailbox::new(place, 0)].into();
+        let port = ConsolePort::new();
+        port.attach(Some(Arc::clone(&vcpus)));
+        assert!(has_moved(&vcpus));
+        (port, vcpus)
+    }
+
+    fn has_moved(vcpus: &[Mailbox]) -> bool {
+        !vcpus[0].take(Events::CONSOLE).is_empty()
+    }
 
     fn taken(port: &ConsolePort, room: usize) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -231,20 +222,20 @@ mod tests {
 
     #[test]
     fn a_shown_console_is_a_slow_line() {
-        let port = ConsolePort::new();
+        let (port, vcpus) = attached();
         port.show(true);
-        assert!(port.has_moved(), "COM1 may have more");
+        assert!(has_moved(&vcpus), "COM1 may have more");
         let mut flood = (0..).map(|n: usize| n as u8);
         assert!(port.send(&mut flood), "an idle line is to be told");
         assert!(!port.settle(true));
         assert_eq!(port.unsent(), OUTPUT);
         assert!(!port.send(&mut flood), "a busy one comes by itself");
         assert_eq!(flood.next(), Some(OUTPUT as u8), "nothing is lost");
-        assert!(!port.has_moved());
+        assert!(!has_moved(&vcpus));
         assert_eq!(taken(&port, OUTPUT + 1).len(), OUTPUT);
         port.settle(true);
-        assert!(port.has_moved(), "there is room again");
-        assert!(!port.has_moved());
+        assert!(has_moved(&vcpus), "there is room again");
+        assert!(!has_moved(&vcpus));
     }
 
     #[test]
@@ -272,11 +263,11 @@ mod tests {
 
     #[test]
     fn a_byte_that_is_refused_is_offered_again() {
-        let port = ConsolePort::new();
+        let (port, vcpus) = attached();
         for byte in *b"abc" {
             assert!(port.type_in(byte));
         }
-        assert!(port.has_moved() && port.has_input());
+        assert!(has_moved(&vcpus) && port.has_input());
         let mut seen = Vec::new();
         port.receive(|byte| {
             seen.push(byte);
@@ -297,7 +288,7 @@ mod tests {
     #[test]
     fn two_cpus_do_not_lose_each_other() {
         const BYTES: usize = 300_000;
-        let port = ConsolePort::new();
+        let (port, vcpus) = attached();
         port.show(true);
         let attend = AtomicBool::new(false);
         let seen = AtomicUsize::new(0);
@@ -332,17 +323,17 @@ mod tests {
             };
             for n in 0..BYTES {
                 while com1.len() == 500 && in_time() {
-                    if port.has_moved() {
+                    if has_moved(&vcpus) {
                         pump(&mut com1);
                     }
                 }
                 com1.push_back(n as u8);
-                if !port.is_busy() || port.has_moved() {
+                if !port.is_busy() || has_moved(&vcpus) {
                     pump(&mut com1);
                 }
             }
             while !com1.is_empty() && in_time() {
-                if port.has_moved() {
+                if has_moved(&vcpus) {
                     pump(&mut com1);
                 }
             }

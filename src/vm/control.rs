@@ -1,7 +1,7 @@
 //! What is asked of a running guest from outside: the operator's commands.
 //!
-//! Whoever asks sets a flag and then has the guest's CPU exit (an interrupt); the vCPU looks
-//! at the flags after each interrupt of the host, and while it waits.
+//! Whoever asks sets a flag and then posts [`super::mailbox::Events::REQUEST`] to each vCPU, which looks at
+//! the flags when it has mail.
 
 use bitflags::bitflags;
 use core::sync::atomic::{AtomicU32, Ordering};
@@ -20,12 +20,12 @@ bitflags! {
 }
 
 /// What is asked of one guest. The flags say all: no other memory is read because of
-/// them, so that relaxed accesses are enough.
+/// them, and the mailbox has an order of its own, so that relaxed accesses are enough.
 #[derive(Debug, Default)]
 pub struct Control(AtomicU32);
 
 impl Control {
-    /// Asks for `request`. The guest's CPU is to be interrupted after that.
+    /// Asks for `request`. The vCPUs are to be told after that.
     pub fn ask(&self, request: Request) {
         self.0.fetch_or(request.bits(), Ordering::Relaxed);
     }

@@ -1,9 +1,11 @@
 //! A guest as a whole: what all its vCPUs share.
 
 use super::console::ConsolePort;
-use super::control::Control;
+use super::control::{Control, Request};
+use super::mailbox::{Events, Mailbox, Place};
 use super::memory::GuestMemory;
 use super::slots::{SlotKind, Slots};
+use super::stillness::Stillness;
 use crate::addr::{Gpa, Hpa, Hva, PAGE_SIZE};
 use crate::devices::chipset::{Chipset, ChipsetConfig};
 use crate::devices::{Clock, Ticks};
@@ -15,6 +17,7 @@ use crate::vmx::memory_type::{MemoryType, Mtrrs};
 use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use spin::Mutex;
 use vireo_handoff::config::{self, ApicMode};
@@ -22,7 +25,8 @@ use vireo_handoff::config::{self, ApicMode};
 /// One guest.
 pub struct Vm {
     pub name: String,
-    pub vcpus: u32,
+    mailboxes: Arc<[Mailbox]>,
+    pub stillness: Stillness,
     /// Who is to be the vCPUs' local APIC.
     pub apic: ApicMode,
     pub memory: GuestMemory,
@@ -38,6 +42,8 @@ pub struct Vm {
     pub started: u64,
     ept: Mutex<Ept<HostFrames>>,
     apic_access: Box<ApicAccessPage>,
+    /// Where that page is mapped, once for each vCPU that has its local APIC there.
+    apic_accesses: Mutex<Vec<Gpa>>,
     mtrrs: Mtrrs,
     /// The memory type of everything behind the slots, where that is one: mostly.
     memory_type: Option<MemoryType>,
@@ -86,6 +92,14 @@ struct ApicAccessPage {
     _unread: [u8; 4096],
 }
 
+/// What ties a guest to the rest of the machine.
+pub struct Links<'a> {
+    pub console: Arc<ConsolePort>,
+    pub control: Arc<Control>,
+    /// Where its vCPUs run.
+    pub places: &'a [&'static Place],
+}
+
 /// What a guest's memory depends on in the host.
 pub struct Host<'a> {
     pub capabilities: &'a Capabilities,
@@ -104,15 +118,14 @@ pub enum Unmapped {
 }
 
 impl Vm {
-    /// A guest with this memory, and an empty EPT.
+    /// A guest with this memory, an empty EPT, and a vCPU at each place.
     ///
     /// # Errors
     /// When no frame is left for the EPT.
     pub fn new(
         config: &config::Vm,
         guest_memory: GuestMemory,
-        console: Arc<ConsolePort>,
-        control: Arc<Control>,
+        links: Links<'_>,
         chipset: &ChipsetConfig,
         clock: Clock,
         host: Host<'_>,
@@ -120,13 +133,19 @@ impl Vm {
         let memory_type = memory_type_of_all(guest_memory.slots(), &host.mtrrs);
         Ok(Self {
             name: config.name.clone(),
-            vcpus: config.vcpus,
+            mailboxes: links
+                .places
+                .iter()
+                .zip(0..)
+                .map(|(place, id)| Mailbox::new(place, id))
+                .collect(),
+            stillness: Stillness::default(),
             apic: config.apic,
             memory: guest_memory,
             chipset: Mutex::new(Chipset::new(clock, Ticks(0), chipset)),
             signals: Signals::default(),
-            console,
-            control,
+            console: links.console,
+            control: links.control,
             clock,
             wall_clock: chipset
                 .wall_clock
@@ -138,9 +157,59 @@ impl Vm {
                 host.address_width,
             )?),
             apic_access: Box::new(ApicAccessPage { _unread: [0; 4096] }),
+            apic_accesses: Mutex::default(),
             mtrrs: host.mtrrs,
             memory_type,
         })
+    }
+
+    /// How many vCPUs it has.
+    #[inline]
+    pub fn vcpus(&self) -> u32 {
+        self.mailboxes.len() as u32
+    }
+
+    /// The mailboxes of the vCPUs, by their numbers.
+    pub fn mailboxes(&self) -> Arc<[Mailbox]> {
+        Arc::clone(&self.mailboxes)
+    }
+
+    /// The mailbox of the vCPU `id`.
+    #[inline]
+    pub fn mailbox(&self, id: u32) -> &Mailbox {
+        &self.mailboxes[id as usize]
+    }
+
+    /// Has all vCPUs end.
+    pub fn end(&self) {
+        self.control.ask(Request::STOP);
+        for mailbox in self.mailboxes.iter() {
+            mailbox.post(Events::REQUEST);
+        }
+    }
+
+    /// Whether it ends.
+    pub fn is_ending(&self) -> bool {
+        self.control.asked().contains(Request::STOP)
+    }
+
+    /// A vCPU has become deaf: whether none of them will ever go on.
+    pub fn is_still(&self) -> bool {
+        let has_mail = || self.mailboxes.iter().any(Mailbox::has_mail);
+        self.stillness.add(self.vcpus(), has_mail)
+    }
+
+    /// Moves what COM1 still holds to the console of a guest that has ended. False where that
+    /// has not shown everything yet.
+    pub fn drain_console(&self) -> bool {
+        let unknown = self
+            .chipset
+            .lock()
+            .serial_output(|output| self.console.send(output));
+        if unknown {
+            crate::host::console::attend();
+        }
+        self.console.unsent() == 0
     }
 
     /// The EPT pointer for the VMCS.
@@ -156,25 +225,44 @@ impl Vm {
         Hva((&raw const *self.apic_access) as u64)
     }
 
-    /// Maps the APIC-access page at `gpa`, a multiple of 4096; false where that is not
-    /// possible: there is memory, or the address is beyond what the EPT reaches.
+    /// Maps the APIC-access page for a vCPU that has its local APIC at `gpa`, a multiple of 4096;
+    /// false where that is not possible: there is memory, or the address is beyond what the EPT
+    /// reaches.
     pub fn map_apic_access(&self, gpa: Gpa) -> bool {
         let Some(page) = paging::to_phys(self.apic_access_page()) else {
             return false;
         };
         let all = Permissions::all();
-        self.memory.slots().find(gpa).is_none()
-            && self
-                .ept
-                .lock()
-                .map(gpa, page, PageSize::Size4K, all, MemoryType::WriteBack)
-                .is_ok()
+        let mut places = self.apic_accesses.lock();
+        let mapped = places.contains(&gpa)
+            || self.memory.slots().find(gpa).is_none()
+                && self
+                    .ept
+                    .lock()
+                    .map(gpa, page, PageSize::Size4K, all, MemoryType::WriteBack)
+                    .is_ok();
+        if mapped {
+            places.push(gpa);
+        }
+        mapped
     }
 
-    /// Takes it away. The caller drops what CPUs have cached.
+    /// A vCPU no longer has its local APIC there. The last that had has the page taken away,
+    /// and the others told to drop what their CPUs have cached of it; the caller does so itself.
     pub fn unmap_apic_access(&self, gpa: Gpa) {
+        let mut places = self.apic_accesses.lock();
+        if let Some(index) = places.iter().position(|place| *place == gpa) {
+            places.swap_remove(index);
+        }
+        if places.contains(&gpa) {
+            return;
+        }
         let unmapped = self.ept.lock().unmap(gpa, PAGE_SIZE);
         debug_assert!(unmapped.is_ok());
+        drop(places);
+        for mailbox in self.mailboxes.iter().filter(|_| self.vcpus() > 1) {
+            mailbox.post(Events::MEMORY);
+        }
     }
 
     /// Maps all memory, for reading and execution.

@@ -6,6 +6,8 @@ pub mod console;
 pub mod control;
 pub mod fw_cfg;
 pub mod machine;
+pub mod mailbox;
 pub mod memory;
 pub mod memory_map;
 pub mod slots;
+pub mod stillness;

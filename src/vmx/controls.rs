@@ -191,6 +191,14 @@ impl Controls {
         })
     }
 
+    /// The same for a guest that shares its CPU: it exits when it spins for long, where the CPU
+    /// can tell.
+    pub fn with_pause_loop_exiting(mut self, capabilities: &Capabilities) -> Self {
+        let wanted = Secondary::PAUSE_LOOP_EXITING.bits();
+        self.secondary |= wanted & capabilities.secondary.may();
+        self
+    }
+
     /// Whether a secondary control is on.
     pub const fn has(&self, control: Secondary) -> bool {
         self.secondary & control.bits() != 0

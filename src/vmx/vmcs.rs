@@ -98,6 +98,8 @@ fields! {
         PAGE_FAULT_MASK: u32 = PAGE_FAULT_ERR_CODE_MASK;
         PAGE_FAULT_MATCH: u32 = PAGE_FAULT_ERR_CODE_MATCH;
         CR3_TARGET_COUNT: u32 = CR3_TARGET_COUNT;
+        PLE_GAP: u32 = PLE_GAP;
+        PLE_WINDOW: u32 = PLE_WINDOW;
         EXIT_MSR_STORE_COUNT: u32 = VMEXIT_MSR_STORE_COUNT;
         EXIT_MSR_LOAD_COUNT: u32 = VMEXIT_MSR_LOAD_COUNT;
         ENTRY_MSR_LOAD_COUNT: u32 = VMENTRY_MSR_LOAD_COUNT;
@@ -250,6 +252,13 @@ impl Vmcs {
             region,
             not_send: PhantomData,
         })
+    }
+
+    /// Makes it the current VMCS of its CPU again, where others have been meanwhile.
+    pub fn make_current(&self) {
+        // SAFETY: `load` has made it a VMCS of this CPU, which it is until it is dropped.
+        let current = VmxError::check(unsafe { x86::bits64::vmx::vmptrld(self.region.0) });
+        debug_assert!(current.is_ok());
     }
 
     /// Reads a field. A field that this CPU does not have reads as 0.

@@ -152,11 +152,11 @@ fn results(case: &mut Case, prefix: &str, console: &str) {
 /// of APIC virtualization. The exits of the last one are timed.
 fn one_after_another(case: &mut Case) -> Result<()> {
     let mut config = [
-        ("first", "pc", "flexpriority"),
-        ("bad", "triple", "auto"),
-        ("last", "pc", "emulated"),
+        ("first", "pc", "flexpriority\""),
+        ("bad", "triple", "auto\"\nafter = \"first\""),
+        ("last", "pc", "emulated\"\nafter = \"bad\""),
     ]
-    .map(|(name, kernel, apic)| format!("{}apic = \"{apic}\"\n", entry(name, kernel)))
+    .map(|(name, kernel, rest)| format!("{}apic = \"{rest}\n", entry(name, kernel)))
     .concat();
     config.push_str("statistics = \"times\"\n");
     let (pc, triple) = (build::guest("pc")?, build::guest("triple")?);

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 /// The functions that switch FPU and vector state, by symbol without crate and
 /// hash; only they may contain such instructions.
-const STATE_SWITCH: &[&str] = &["load_initial_vector_state"];
+const STATE_SWITCH: &[&str] = &["save_vectors", "load_vectors"];
 
 /// The kernel's loaded bytes must stay below this.
 const LARGEST: u64 = 1 << 20;

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Component, Path, PathBuf};
 use vireo_handoff::Config;
-use vireo_handoff::config::{ApicMode, Module, Policy, Protocol, Statistics, Vm};
+use vireo_handoff::config::{ApicMode, Module, Policy, Protocol, SLICE_US, Statistics, Vm};
 use vireo_handoff::image::{self, Kind};
 
 /// The configuration's name on the volume.
@@ -161,6 +161,9 @@ impl Volume {
             memory,
             vcpus,
             cpus: Vec::new(),
+            priority: 0,
+            slice_us: SLICE_US,
+            after: None,
             kernel: name,
             initrd: initrd.is_some().then(|| INITRD.into()),
             modules,

@@ -15,6 +15,9 @@ pub struct Config {
     pub vm: Vec<Vm>,
 }
 
+/// What [`Vm::slice_us`] is where nothing is said.
+pub const SLICE_US: u32 = 5000;
+
 /// One `[[vm]]` section.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vm {
@@ -25,9 +28,14 @@ pub struct Vm {
     /// Number of virtual CPUs.
     pub vcpus: u32,
     /// The CPUs that it has for itself, one for each virtual CPU, by their numbers in the
-    /// firmware's list; without any it runs on the bootstrap processor, one guest after the
-    /// other.
+    /// firmware's list; without any its virtual CPUs share those that are nobody's.
     pub cpus: Vec<u32>,
+    /// On shared CPUs: the higher goes first.
+    pub priority: u8,
+    /// Microseconds of a turn on a shared CPU while a virtual CPU of the same priority is ready.
+    pub slice_us: u32,
+    /// It starts when the guest with this name, which is one before it, has ended for good.
+    pub after: Option<String>,
     /// What is booted.
     pub kernel: String,
     /// Initial RAM disk.
@@ -171,12 +179,12 @@ impl Vm {
 
 #[cfg(feature = "toml")]
 mod read {
-    use super::{ApicMode, Config, Module, Policy, Protocol, Statistics, Vm};
+    use super::{ApicMode, Config, Module, Policy, Protocol, SLICE_US, Statistics, Vm};
     use alloc::format;
     use alloc::string::{String, ToString};
     use alloc::vec::Vec;
     use core::fmt;
-    use core::ops::Range;
+    use core::ops::{Range, RangeInclusive};
     use serde::Deserialize;
     use toml::Spanned;
 
@@ -235,8 +243,11 @@ mod read {
         memory: Spanned<Memory>,
         #[serde(default = "one")]
         vcpus: Spanned<u32>,
-        #[serde(default = "none")]
-        cpus: Spanned<Vec<u32>>,
+        #[serde(default = "shared")]
+        cpus: Spanned<Cpus>,
+        priority: Option<Spanned<u8>>,
+        slice_us: Option<Spanned<u32>>,
+        after: Option<Spanned<String>>,
         kernel: String,
         initrd: Option<String>,
         #[serde(default)]
@@ -261,8 +272,26 @@ mod read {
         Spanned::new(0..0, 1)
     }
 
-    fn none() -> Spanned<Vec<u32>> {
-        Spanned::new(0..0, Vec::new())
+    fn shared() -> Spanned<Cpus> {
+        Spanned::new(0..0, Cpus::Word(SHARED.to_string()))
+    }
+
+    /// The word for no CPUs of one's own.
+    const SHARED: &str = "shared";
+    /// The most virtual CPUs of a guest.
+    const MOST_VCPUS: u32 = 64;
+    /// What [`Vm::slice_us`] may be.
+    const SLICES: RangeInclusive<u32> = 100..=1_000_000;
+
+    /// CPUs of its own, or [`SHARED`].
+    #[derive(Deserialize)]
+    #[serde(
+        untagged,
+        expecting = "cpus is wrong; expected numbers of CPUs as in [1, 2], or \"shared\""
+    )]
+    enum Cpus {
+        Own(Vec<u32>),
+        Word(String),
     }
 
     /// Bytes, or a number with K, M or G.
@@ -328,18 +357,65 @@ mod read {
                         error(vm.memory.span(), reason.to_string())
                     })?;
                 let vcpus = *vm.vcpus.get_ref();
-                if vcpus != 1 {
-                    let reason =
-                        format!("vcpus is {vcpus}; expected 1, more are not supported yet");
+                if !(1..=MOST_VCPUS).contains(&vcpus) {
+                    let reason = format!("vcpus is {vcpus}; expected 1 to {MOST_VCPUS}");
                     return Err(error(vm.vcpus.span(), reason));
                 }
-                let cpus = vm.cpus.get_ref();
+                let cpus = match vm.cpus.get_ref() {
+                    Cpus::Own(cpus) => cpus.clone(),
+                    Cpus::Word(word) if word == SHARED => Vec::new(),
+                    Cpus::Word(word) => {
+                        let reason = format!(
+                            "cpus is \"{word}\"; expected numbers of CPUs as in [1, 2], or \"{SHARED}\""
+                        );
+                        return Err(error(vm.cpus.span(), reason));
+                    }
+                };
                 if !cpus.is_empty() && cpus.len() != vcpus as usize {
                     let reason = format!(
                         "cpus names {} CPUs; expected one for each of its vcpus, which are {vcpus}",
                         cpus.len()
                     );
                     return Err(error(vm.cpus.span(), reason));
+                }
+                let sharing = [
+                    vm.priority
+                        .as_ref()
+                        .filter(|key| *key.get_ref() != 0)
+                        .map(|key| ("priority", key.span())),
+                    vm.slice_us
+                        .as_ref()
+                        .filter(|key| *key.get_ref() != SLICE_US)
+                        .map(|key| ("slice_us", key.span())),
+                ];
+                if !cpus.is_empty()
+                    && let Some((key, span)) = sharing.into_iter().flatten().next()
+                {
+                    let reason = format!(
+                        "{key} is for guests that share CPUs, and this one has its own; leave it out"
+                    );
+                    return Err(error(span, reason));
+                }
+                let slice_us = match &vm.slice_us {
+                    None => SLICE_US,
+                    Some(slice) if SLICES.contains(slice.get_ref()) => *slice.get_ref(),
+                    Some(slice) => {
+                        let (least, most) = (SLICES.start(), SLICES.end());
+                        let reason = format!(
+                            "slice_us is {}; expected {least} to {most} microseconds",
+                            slice.get_ref()
+                        );
+                        return Err(error(slice.span(), reason));
+                    }
+                };
+                if let Some(after) = &vm.after
+                    && !config.vm.iter().any(|other| other.name == *after.get_ref())
+                {
+                    let reason = format!(
+                        "after is \"{}\"; expected the name of a vm before this one",
+                        after.get_ref()
+                    );
+                    return Err(error(after.span(), reason));
                 }
                 let owner = |cpu: &u32| config.vm.iter().find(|other| other.cpus.contains(cpu));
                 if let Some((cpu, other)) = cpus.iter().find_map(|cpu| Some((cpu, owner(cpu)?))) {
@@ -356,7 +432,10 @@ mod read {
                     name: name.clone(),
                     memory,
                     vcpus,
-                    cpus: cpus.clone(),
+                    cpus,
+                    priority: vm.priority.map_or(0, Spanned::into_inner),
+                    slice_us,
+                    after: vm.after.map(Spanned::into_inner),
                     kernel: vm.kernel,
                     initrd: vm.initrd,
                     modules: vm.modules,
@@ -508,7 +587,10 @@ mod read {
                 (&*config.vm[0].cpus, &*config.vm[1].cpus),
                 (&[1][..], &[2][..])
             );
-            assert!(both("", "cpus = [0]").unwrap().vm[0].cpus.is_empty());
+            let config = both("priority = 3\nslice_us = 100", "cpus = [0]").unwrap();
+            assert!(config.vm[0].cpus.is_empty());
+            assert_eq!((config.vm[0].priority, config.vm[0].slice_us), (3, 100));
+            assert_eq!(both("", "cpus = \"shared\"").unwrap().vm[1].slice_us, 5000);
             for (first, second, expected) in [
                 ("cpus = [1]", "cpus = [1]", "10:8: CPU 1 is the vm \"a\"'s"),
                 (
@@ -516,7 +598,25 @@ mod read {
                     "cpus = [1, 2]",
                     "10:8: cpus names 2 CPUs; expected one for each",
                 ),
-                ("cpus = [-1]", "", "5:9: invalid value"),
+                ("cpus = [-1]", "", "5:8: cpus is wrong; expected numbers"),
+                (
+                    "cpus = \"all\"",
+                    "",
+                    "5:8: cpus is \"all\"; expected numbers",
+                ),
+                ("vcpus = 0", "", "5:9: vcpus is 0; expected 1 to 64"),
+                ("vcpus = 65", "", "5:9: vcpus is 65; expected 1 to 64"),
+                (
+                    "cpus = [1]\npriority = 1",
+                    "",
+                    "6:12: priority is for guests that share CPUs",
+                ),
+                (
+                    "after = \"b\"",
+                    "",
+                    "5:9: after is \"b\"; expected the name of a vm before",
+                ),
+                ("slice_us = 99", "", "5:12: slice_us is 99; expected 100 to"),
             ] {
                 let wrong = both(first, second).unwrap_err().to_string();
                 assert!(wrong.contains(expected), "{wrong}");

@@ -14,11 +14,13 @@
 //! | --- | --- |
 //! | `page` | the registers in their page |
 //! | `registers` | accesses to them by MMIO and MSR, and what these may not do |
+//! | `address` | whom a message is for |
 //! | `base` | IA32_APIC_BASE: the modes and the ways between them |
 //! | `icr` | the interrupt command register, decoded |
 //! | `lvt` | entries of the local vector table, LINT pins, errors |
 //! | `timer` | the timer in its three modes |
 
+mod address;
 mod base;
 mod icr;
 mod lvt;
@@ -28,10 +30,11 @@ mod registers;
 mod tests;
 mod timer;
 
+pub use address::Address;
 pub use page::{ApicPage, register};
 pub use timer::{APIC_TIMER_HZ, MIN_PERIOD};
 
-use super::{Clock, DeliveryMode, Destination, Message, Ticks, Trigger};
+use super::{Clock, DeliveryMode, Message, Ticks, Trigger};
 use alloc::boxed::Box;
 use page::Vectors;
 use timer::Timer;
@@ -241,46 +244,10 @@ impl LocalApic {
         self.mode
     }
 
-    /// Whether a message for `destination` is for this APIC (SDM 3, 12.6.2 and 12.12.10).
-    pub fn is_destination(&self, destination: Destination, sender_is_self: bool) -> bool {
-        if self.mode == Mode::Disabled {
-            return false;
-        }
-        match destination {
-            Destination::Itself => sender_is_self,
-            Destination::All => true,
-            Destination::Others => !sender_is_self,
-            Destination::Physical(id) => id == self.physical_id(),
-            Destination::Logical(address) => self.is_logical_destination(address),
-        }
-    }
-
-    /// The identifier that messages name, in the mode.
-    const fn physical_id(&self) -> u32 {
-        match self.mode {
-            Mode::X2Apic => self.id,
-            _ => self.id & 0xff,
-        }
-    }
-
-    fn is_logical_destination(&self, address: u32) -> bool {
-        let own = self.page.get(register::LDR);
-        if self.mode == Mode::X2Apic {
-            return address == u32::MAX
-                || address >> 16 == own >> 16 && address & own & 0xffff != 0;
-        }
-        // An address of an x2APIC cluster is not for an xAPIC.
-        let Ok(address) = u8::try_from(address) else {
-            return false;
-        };
-        let own = (own >> 24) as u8;
-        match self.page.get(register::DFR) >> 28 {
-            registers::DFR_FLAT => address & own != 0,
-            registers::DFR_CLUSTER => {
-                address == 0xff || address >> 4 == own >> 4 && address & own & 0xf != 0
-            }
-            _ => false,
-        }
+    /// The x2APIC identifier.
+    #[inline]
+    pub const fn id(&self) -> u32 {
+        self.id
     }
 
     /// Takes a message that is for this APIC. INIT resets the APIC, and keeps

@@ -47,6 +47,12 @@ pub mod register {
     pub const DIVIDE: u16 = 0x3e0;
     /// Self IPI; only in x2APIC mode.
     pub const SELF_IPI: u16 = 0x3f0;
+
+    /// Whether it belongs to [`crate::devices::local_apic::Address`].
+    #[inline]
+    pub const fn is_address(offset: u16) -> bool {
+        matches!(offset, LDR | DFR | SVR)
+    }
 }
 
 /// From one register to the next.

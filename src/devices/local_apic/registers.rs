@@ -2,6 +2,7 @@
 //! does not exist is an error in the ESR, and by MSR in x2APIC mode (12.12.1),
 //! where it faults.
 
+use super::address;
 use super::icr::{self, Command};
 use super::lvt::{self, Entry};
 use super::page::{Vectors, register};
@@ -72,10 +73,8 @@ impl LocalApic {
     /// What is different in x2APIC mode; all else stays (SDM 3, 12.12.5.1).
     pub(super) fn enter_x2apic(&mut self) {
         self.page.set(register::ID, self.id);
-        // The cluster is the identifier without its low four bits, which number
-        // the APICs in it (SDM 3, 12.12.10.2).
-        let ldr = (self.id >> 4) << 16 | 1 << (self.id & 0xf);
-        self.page.set(register::LDR, ldr);
+        self.page
+            .set(register::LDR, address::x2apic_logical(self.id));
         self.page.set(register::DFR, 0);
         self.page.set(register::ICR_HIGH, 0);
     }
@@ -374,7 +373,8 @@ impl LocalApic {
         match command {
             Command::Send(message)
                 if message.mode == DeliveryMode::Fixed
-                    && message.destination == Destination::Physical(self.physical_id()) =>
+                    && message.destination
+                        == Destination::Physical(address::physical_id(self.mode, self.id)) =>
             {
                 self.accept(message);
             }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::devices::Width;
+use crate::devices::{Destination, Width};
 
 mod by_cpu;
 mod delivery;

@@ -80,8 +80,8 @@ pub struct Guest {
     pub vcpus: u32,
     /// How much of its local APIC the CPU is, once that is known.
     pub apic: Option<String>,
-    /// The local APIC identifier of the CPU that runs it.
-    pub cpu: Option<u32>,
+    /// The numbers of its vCPUs' CPUs, while it runs.
+    pub cpus: Vec<usize>,
     /// `None` before it has started.
     pub exits: Option<Exits>,
 }
@@ -303,7 +303,7 @@ fn cpus(machine: &dyn Machine, out: &mut Text) -> fmt::Result {
         write!(out, "{number:3}  {:7}  ", cpu.apic_id)?;
         let mut running = guests
             .iter()
-            .filter(|guest| guest.cpu == Some(cpu.apic_id))
+            .filter(|guest| guest.cpus.contains(&number))
             .peekable();
         if running.peek().is_none() {
             out.write_str(if cpu.answers {
@@ -488,14 +488,14 @@ mod tests {
                 memory: 256 << 20,
                 vcpus: 1,
                 apic: Some("APICv".into()),
-                cpu: Some(4),
+                cpus: [0].into(),
                 exits: Some(Exits::new(&counts, None)),
             };
             let loaded = Guest {
                 name: "b".into(),
                 state: "loaded".into(),
                 apic: None,
-                cpu: None,
+                cpus: Vec::new(),
                 exits: None,
                 ..running.clone()
             };

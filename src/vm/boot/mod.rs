@@ -23,9 +23,11 @@ pub enum EntryMode {
     Long64 { cr3: Gpa },
     /// 32-bit protected mode without paging.
     Protected32,
+    /// Real mode, with the code segment based here.
+    Real { code_base: u32 },
 }
 
-/// What the first vCPU starts with; segments are flat, interrupts off.
+/// What a vCPU starts with; segments are flat but in real mode, interrupts off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EntryState {
     pub mode: EntryMode,
@@ -38,6 +40,31 @@ pub struct EntryState {
     pub gdt_limit: u16,
     pub code_selector: u16,
     pub data_selector: u16,
+}
+
+impl EntryState {
+    /// After INIT, at the reset vector 16 bytes below 4 GiB (SDM 3, table 10-1).
+    pub const RESET: Self = Self::real(0xf000, 0xffff_0000, 0xfff0);
+
+    /// After a start-up interrupt with this page (SDM 3, 10.4.4): at its first byte.
+    pub const fn start_up(page: u8) -> Self {
+        Self::real((page as u16) << 8, (page as u32) << 12, 0)
+    }
+
+    const fn real(code_selector: u16, code_base: u32, rip: u64) -> Self {
+        Self {
+            mode: EntryMode::Real { code_base },
+            rip,
+            rsp: 0,
+            rax: 0,
+            rsi: 0,
+            rbx: 0,
+            gdt_base: Gpa(0),
+            gdt_limit: 0xffff,
+            code_selector,
+            data_selector: 0,
+        }
+    }
 }
 
 /// Why an image cannot be booted.

@@ -9,16 +9,20 @@ use vireo_handoff::config::ApicMode;
 /// The tiers, by the name of the guest that measures each.
 pub const TIERS: [ApicMode; 3] = [ApicMode::Emulated, ApicMode::FlexPriority, ApicMode::ApicV];
 
-/// The configuration that measures these tiers in one boot: `kernel` is the guest.
+/// The configuration that measures these tiers in one boot, one after the other: `kernel` is
+/// the guest.
 pub fn configuration(kernel: &str, cmdline: &str, tiers: &[ApicMode]) -> String {
-    tiers
-        .iter()
-        .map(|tier| {
-            format!(
-                "[[vm]]\nname = \"{tier}\"\nmemory = \"128M\"\nkernel = \"{kernel}\"\ncmdline = \"{cmdline}\"\napic = \"{tier}\"\n"
-            )
-        })
-        .collect()
+    let mut sections = String::new();
+    let mut before = None;
+    for tier in tiers {
+        sections.push_str(&format!(
+            "[[vm]]\nname = \"{tier}\"\nmemory = \"128M\"\nkernel = \"{kernel}\"\ncmdline = \"{cmdline}\"\napic = \"{tier}\"\n"
+        ));
+        if let Some(before) = before.replace(tier) {
+            sections.push_str(&format!("after = \"{before}\"\n"));
+        }
+    }
+    sections
 }
 
 /// What one tier has measured.
