@@ -384,7 +384,10 @@ impl Guest {
         self.with(|life| match life {
             Life::Absent | Life::Created(_) => true,
             Life::Wanted(_) | Life::Loading => false,
-            Life::Running(_) => !asked.intersects(Request::STOP | Request::RESET),
+            Life::Running(running) => {
+                let is_whole = running.statistics.len() == self.processors.len();
+                is_whole && !asked.intersects(Request::STOP | Request::RESET)
+            }
             Life::Ended { .. } => !self.again.load(Ordering::Relaxed),
         })
     }
