@@ -60,6 +60,29 @@ pub fn set_task_priority(class: u8) {
     Cr8::write_raw(u64::from(class & 15));
 }
 
+/// Ends the blocking of NMIs that a VM exit by one of them leaves behind: IRET does, and nothing
+/// else (SDM 3, 7.7.1 and 28.3.5).
+pub fn unblock_nmis() {
+    // SAFETY: returns to the next instruction, with the stack and the flags as they were.
+    unsafe {
+        asm!(
+            "mov {old}, rsp",
+            "mov {segment:e}, ss",
+            "push {segment}",
+            "push {old}",
+            "pushfq",
+            "mov {segment:e}, cs",
+            "push {segment}",
+            "lea {old}, [rip + 2f]",
+            "push {old}",
+            "iretq",
+            "2:",
+            old = out(reg) _,
+            segment = out(reg) _,
+        );
+    }
+}
+
 /// The time-stamp counter, in ticks. Not serialized.
 #[inline]
 pub fn rdtsc() -> u64 {

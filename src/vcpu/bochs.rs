@@ -5,7 +5,7 @@
 //!   times a second at the least.
 //! - While a host interrupt is pending it delivers the guest's virtual interrupt even
 //!   when the guest's IF is 0. So none is pending while a guest of the tier APICv runs:
-//!   the host's task priority holds them all back but then.
+//!   the host's task priority holds them all back but then, and other CPUs' kicks are NMIs.
 //! - An EPT violation in the delivery of a virtual interrupt is not reported as one that
 //!   interrupted it, and the interrupt is lost. So all memory of such a guest is mapped
 //!   before it starts.
@@ -44,6 +44,7 @@ impl Vcpu {
         };
         self.timer.set_slice(Ticks(self.clock.hz() / slices));
         if self.holds_interrupts {
+            self.mailbox().tell_by_nmi();
             self.vm.map_all().map_err(SetupError::Ept)?;
         }
         Ok(())

@@ -5,6 +5,7 @@ use super::events::Exception;
 use super::run::End;
 use super::{Attention, Leave, Vcpu, light};
 use crate::addr::Gva;
+use crate::arch::cpu;
 use crate::arch::registers::{GeneralRegisters, LightRegisters};
 use crate::host::interrupts;
 use crate::vmx::entry::{Guest, LightTable, Next};
@@ -147,6 +148,9 @@ impl Vcpu {
         if info.is_nmi() {
             self.keep_interrupted_event();
             interrupts::nmi();
+            cpu::unblock_nmis();
+            // It may be a kick, see `bochs`.
+            self.look_at_mail();
         } else {
             self.exception(info);
         }

@@ -15,7 +15,7 @@
 //! `current`: both in one order for all (`SeqCst`), so that one of them sees the other.
 
 use crate::devices::local_apic::Address;
-use crate::host::local_apic;
+use crate::host::local_apic::{self, Command, Target};
 use crate::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use bitflags::bitflags;
 use core::ptr;
@@ -116,6 +116,9 @@ pub struct Mailbox {
     requested: [[AtomicU64; 4]; 2],
     /// The page of the last start-up interrupt. Behind `events`: relaxed.
     start_up: AtomicU8,
+    /// The CPU takes no other interrupt while it is the vCPU's turn. No memory is read because of
+    /// it: relaxed.
+    by_nmi: AtomicBool,
     /// [`Address::to_word`] of the local APIC. A sender sees it as it was or is, and
     /// nothing else is read because of it: relaxed.
     address: AtomicU32,
@@ -130,6 +133,7 @@ impl Mailbox {
             events: AtomicU32::new(0),
             requested: Default::default(),
             start_up: AtomicU8::new(0),
+            by_nmi: AtomicBool::new(false),
             address: AtomicU32::new(0),
         }
     }
@@ -147,11 +151,18 @@ impl Mailbox {
             return;
         }
         let own = ptr::from_ref(self).cast_mut();
-        if self.place.current.load(Ordering::SeqCst) == own {
-            local_apic::kick(self.place.apic_id);
-        } else {
+        if self.place.current.load(Ordering::SeqCst) != own {
             self.place.tell();
+        } else if self.by_nmi.load(Ordering::Relaxed) {
+            local_apic::send(Command::nmi(Target::Cpu(self.place.apic_id)));
+        } else {
+            local_apic::kick(self.place.apic_id);
         }
+    }
+
+    /// Has the CPU told by NMI while it is the vCPU's turn.
+    pub fn tell_by_nmi(&self) {
+        self.by_nmi.store(true, Ordering::Relaxed);
     }
 
     /// Requests an interrupt with this vector.

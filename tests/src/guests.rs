@@ -61,6 +61,10 @@ pub fn add(suite: &mut Suite) {
             "triple fault at 0x@, where the guest has no handler for #UD (VMXON)",
         )
     });
+    suite.add("guests::smp", |case| smp(case, "cpus = [0, 1]", 2, 2));
+    suite.add("guests::smp_on_one_cpu", |case| {
+        smp(case, "slice_us = 1000", 3, 1)
+    });
     suite.add("guests::reset", reset);
     suite.add("guests::test_device", test_device);
     suite.add("guests::spin", spin);
@@ -86,6 +90,21 @@ fn boot(case: &mut Case, name: &str, options: &[&str], seconds: u64) -> Result<O
 /// Every check of the guest is a result of its own.
 fn pc(case: &mut Case) -> Result<()> {
     let seen = boot(case, "pc", &[], 240)?;
+    results(case, "", &seen.console);
+    case.check_equal("it powers off", seen.ending, Ending::Status(0));
+    Ok(())
+}
+
+/// Several vCPUs, placed as `place` says, on a machine with so many CPUs.
+fn smp(case: &mut Case, place: &str, vcpus: u32, cpus: u32) -> Result<()> {
+    let config = format!("{}vcpus = {vcpus}\n{place}\n", entry("smp", "smp"));
+    let kernel = paths::read(&build::guest("smp")?)?;
+    let seen = case
+        .machine()
+        .volume(&config, &[("smp", &kernel)])?
+        .options(["--smp", &cpus.to_string()])
+        .limit(300)
+        .run()?;
     results(case, "", &seen.console);
     case.check_equal("it powers off", seen.ending, Ending::Status(0));
     Ok(())

@@ -16,6 +16,8 @@ pub mod register {
     pub const TPR: u32 = 0x80;
     pub const PPR: u32 = 0xa0;
     pub const EOI: u32 = 0xb0;
+    pub const LDR: u32 = 0xd0;
+    pub const DFR: u32 = 0xe0;
     pub const SVR: u32 = 0xf0;
     pub const ISR: u32 = 0x100;
     pub const IRR: u32 = 0x200;
@@ -35,12 +37,16 @@ pub mod register {
 pub mod entry {
     pub const EXTINT: u32 = 7 << 8;
     pub const NMI: u32 = 4 << 8;
+    pub const LOWEST_PRIORITY: u32 = 1 << 8;
     pub const INIT: u32 = 5 << 8;
+    pub const START_UP: u32 = 6 << 8;
+    pub const LOGICAL: u32 = 1 << 11;
     pub const LEVEL_ASSERT: u32 = 1 << 14;
     pub const MASKED: u32 = 1 << 16;
     pub const PERIODIC: u32 = 1 << 17;
     pub const TSC_DEADLINE: u32 = 2 << 17;
     pub const TO_SELF: u32 = 1 << 18;
+    pub const TO_ALL: u32 = 2 << 18;
     pub const TO_OTHERS: u32 = 3 << 18;
 }
 
@@ -90,9 +96,31 @@ pub fn write(register: u32, value: u32) {
     }
 }
 
+/// The same without looking for what it raises, which only one CPU at a time can do.
+pub fn write_unchecked(register: u32, value: u32) {
+    if is_x2apic_unchecked() {
+        cpu::wrmsr_unchecked(msr::X2APIC + register / 16, value.into());
+    } else {
+        write32(BASE + u64::from(register), value);
+    }
+}
+
+fn is_x2apic_unchecked() -> bool {
+    cpu::rdmsr_unchecked(msr::APIC_BASE) & X2APIC != 0
+}
+
+/// The identifier of this CPU, in either mode.
+pub fn own_id() -> u32 {
+    if is_x2apic_unchecked() {
+        cpu::rdmsr_unchecked(msr::X2APIC + register::ID / 16) as u32
+    } else {
+        read32(BASE + u64::from(register::ID)) >> 24
+    }
+}
+
 /// Ends the interrupt in service.
 pub fn eoi() {
-    write(register::EOI, 0);
+    write_unchecked(register::EOI, 0);
 }
 
 /// Sends an interrupt command to the local APIC with this identifier.

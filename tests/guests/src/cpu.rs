@@ -77,6 +77,22 @@ pub fn wrmsr(number: u32, value: u64) -> Option<Exception> {
     execute!("wrmsr", in("ecx") number, in("eax") value as u32, in("edx") (value >> 32) as u32, options(nostack))
 }
 
+/// RDMSR of a register that is there.
+pub fn rdmsr_unchecked(number: u32) -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: reads a register.
+    unsafe { asm!("rdmsr", in("ecx") number, out("eax") low, out("edx") high, options(nostack)) };
+    u64::from(high) << 32 | u64::from(low)
+}
+
+/// WRMSR of a register that is there and takes `value`.
+pub fn wrmsr_unchecked(number: u32, value: u64) {
+    // SAFETY: the guest's own machine.
+    unsafe {
+        asm!("wrmsr", in("ecx") number, in("eax") value as u32, in("edx") (value >> 32) as u32, options(nostack));
+    }
+}
+
 /// RDTSC, not before what comes before it.
 pub fn rdtsc() -> u64 {
     let (low, high): (u32, u32);

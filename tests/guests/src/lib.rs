@@ -26,6 +26,7 @@
 //! | [`exceptions`] | IDT, exceptions caught, interrupts counted |
 //! | [`paging`] | pages with other rights than the flat map's |
 //! | [`apic`], [`io_apic`], [`pic`], [`pit`] | interrupt controllers and a timer |
+//! | [`processors`] | the CPUs beside the first |
 //! | [`start_info`], [`acpi`] | what the guest was told about its machine |
 #![no_std]
 // [`execute!`]: the operands of `asm!` cannot be evaluated before it.
@@ -44,6 +45,7 @@ pub mod paging;
 pub mod pic;
 pub mod pit;
 pub mod port;
+pub mod processors;
 pub mod report;
 pub mod serial;
 pub mod start_info;
