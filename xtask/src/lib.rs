@@ -6,6 +6,7 @@
 
 pub mod bench;
 pub mod build;
+pub mod conformance;
 pub mod cpio;
 pub mod exit_times;
 pub mod figures;

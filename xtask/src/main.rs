@@ -1,4 +1,4 @@
-//! The command line: `cargo xtask build`, `image`, `run`, `test`, `bench`.
+//! The command line: `cargo xtask build`, `image`, `run`, `test`, `bench`, `conformance`.
 
 #![forbid(unsafe_code)]
 
@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use xtask::run::{self, GuestOptions};
-use xtask::{bench, test};
+use xtask::{bench, conformance, test};
 
 /// Builds Vireo, makes its disk image, and runs it
 #[derive(Parser)]
@@ -50,6 +50,10 @@ enum Command {
     ///
     /// Fails where a row takes more than its ceiling in tests/budgets.toml.
     Bench(bench::Options),
+    /// Run kvm-unit-tests, built elsewhere, and say which of its groups pass
+    ///
+    /// Results are in target/conformance too, as JUnit XML beside the machines' logs.
+    Conformance(conformance::Options),
 }
 
 fn main() -> ExitCode {
@@ -82,5 +86,6 @@ fn execute(command: Command) -> Result<u8> {
         Command::Run(options) => run::run(&options),
         Command::Test(options) => test::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::Conformance(options) => conformance::run(&options),
     }
 }
