@@ -10,7 +10,8 @@ use uefi::proto::media::file::{Directory, File as _, FileAttribute, FileInfo, Fi
 use uefi::proto::media::fs::SimpleFileSystem;
 use uefi::{CString16, Status};
 use vireo_handoff::config::Vm;
-use vireo_handoff::{Config, File, image};
+use vireo_handoff::image::{self, ImageError};
+use vireo_handoff::{Config, File};
 
 /// The configuration's file, in the folder of all files.
 const CONFIG: &str = "vireo.toml";
@@ -111,8 +112,8 @@ impl Volume {
                 "loader: {name}, {} KiB",
                 data.len().div_ceil(1024)
             ));
-            for vm in config.vm.iter().filter(|vm| vm.kernel == name) {
-                image::check(data, vm.protocol).map_err(|error| format!("{name}: {error}"))?;
+            for vm in &config.vm {
+                check(vm, name, data).map_err(|error| format!("{name}: {error}"))?;
             }
             files.push(File {
                 name: name.to_string(),
@@ -122,6 +123,18 @@ impl Volume {
         }
         Ok(files)
     }
+}
+
+/// Checks `data`, the file called `name`, for what `vm` wants of it.
+fn check(vm: &Vm, name: &str, data: &[u8]) -> Result<(), ImageError> {
+    if vm.firmware.as_deref() == Some(name) {
+        return image::check_firmware(data);
+    }
+    // What firmware does with a kernel is its own matter.
+    if vm.firmware.is_none() && vm.kernel.as_deref() == Some(name) {
+        return image::check(data, vm.protocol);
+    }
+    Ok(())
 }
 
 /// Whole pages for a file of the guests `users`.

@@ -54,6 +54,8 @@ pub struct ChipsetConfig {
     pub io_apic_id: u8,
     /// It has the device of [`super::test`].
     pub test_device: bool,
+    /// It has firmware, which expects a chipset on the PCI bus ([`super::i440fx`]).
+    pub firmware: bool,
     /// What it can ask for.
     pub fw_cfg: FwCfg,
 }
@@ -101,7 +103,11 @@ impl Chipset {
             pm: PowerManagement::new(clock, now),
             i8042: I8042::default(),
             system: SystemPorts::default(),
-            pci: ConfigPorts::default(),
+            pci: if config.firmware {
+                ConfigPorts::with_chips()
+            } else {
+                ConfigPorts::default()
+            },
             fw_cfg: config.fw_cfg.clone(),
             test: config.test_device.then(TestDevice::default),
             deadline: Ticks(u64::MAX),
@@ -174,7 +180,10 @@ impl Chipset {
             (pc::PCI_DATA..=PCI_DATA_LAST, _) => {
                 self.pci.read_data((port - pc::PCI_DATA) as u8, width)
             }
-            _ => self.read_bytes(now, port, width),
+            _ => match self.moved(port) {
+                Some(port) => self.read_wide(now, port, width),
+                None => self.read_bytes(now, port, width),
+            },
         }
     }
 
@@ -186,9 +195,11 @@ impl Chipset {
                 self.pci.set_address(value);
                 Write::Done
             }
-            (pc::PCI_DATA..=PCI_DATA_LAST, _) => {
-                claimed(self.pci.write_data((port - pc::PCI_DATA) as u8))
-            }
+            (pc::PCI_DATA..=PCI_DATA_LAST, _) => claimed(self.pci.write_data(
+                (port - pc::PCI_DATA) as u8,
+                width,
+                value,
+            )),
             (pc::FW_CFG_SELECTOR, Width::Word) => {
                 self.fw_cfg.select(value as u16);
                 Write::Done
@@ -204,7 +215,10 @@ impl Chipset {
             (pc::TEST_UNMAP, Width::Dword) if self.test.is_some() => {
                 Write::Asks(Request::Unmap(Gpa(value.into())))
             }
-            _ => self.write_bytes(now, port, width, value),
+            _ => match self.moved(port) {
+                Some(port) => self.write_wide(now, port, width, value),
+                None => self.write_bytes(now, port, width, value),
+            },
         }
     }
 
@@ -396,7 +410,11 @@ impl Chipset {
             pc::FW_CFG_DATA => self.fw_cfg.read(),
             pc::FW_CFG_DMA..=FW_CFG_DMA_LAST => FwCfg::signature(port - pc::FW_CFG_DMA),
             pc::TEST_ECHO..=TEST_ECHO_LAST => *self.test.as_mut()?.echo(port - pc::TEST_ECHO),
-            _ => return None,
+            _ => {
+                return self
+                    .moved(port)
+                    .and_then(|port| self.read_device(now, port));
+            }
         })
     }
 
@@ -423,7 +441,8 @@ impl Chipset {
                 None
             }
             pc::PCI_DATA..=PCI_DATA_LAST => {
-                return claimed(self.pci.write_data((port - pc::PCI_DATA) as u8));
+                let lane = (port - pc::PCI_DATA) as u8;
+                return claimed(self.pci.write_data(lane, Width::Byte, value.into()));
             }
             pc::PIT..=PIT_LAST => {
                 self.pit.write(now, (port - pc::PIT) as u8, value);
@@ -480,7 +499,12 @@ impl Chipset {
             pc::TEST_ECHO..=TEST_ECHO_LAST | pc::TEST_LINES..=TEST_LINES_LAST => {
                 return claimed(self.write_test(port, value));
             }
-            _ => return Write::Unclaimed,
+            _ => {
+                return match self.moved(port) {
+                    Some(port) => self.write_device(now, port, value),
+                    None => Write::Unclaimed,
+                };
+            }
         };
         request.map_or(Write::Done, Write::Asks)
     }
@@ -531,6 +555,14 @@ impl Chipset {
         let request = self.pm.write(now, port - pc::PM_BASE, width, value);
         self.wire_pm();
         request.map_or(Write::Done, Write::Asks)
+    }
+
+    /// The usual port of power management for one where the guest has moved it.
+    #[cold]
+    fn moved(&self, port: u16) -> Option<u16> {
+        let offset = port.checked_sub(self.pci.pm_base()?)?;
+        let usual = offset < pc::PM_LENGTH && !(pc::PM_BASE..=PM_LAST).contains(&port);
+        usual.then_some(pc::PM_BASE + offset)
     }
 
     /// Writes a port of the test device; false where there is none.

@@ -10,6 +10,7 @@ pub mod chipset;
 pub mod clock;
 pub mod fifo;
 pub mod fw_cfg;
+pub mod i440fx;
 pub mod i8042;
 pub mod ioapic;
 pub mod line;

@@ -1,8 +1,9 @@
 //! PCI configuration mechanism 1 (PCI 3.0, 3.2.2.3.2): an address port and a
-//! data window. The bus behind it is empty: a read finds nobody and gives
-//! all ones.
+//! data window. The bus behind it is empty but for what firmware expects ([`super::i440fx`]),
+//! where there is firmware: a read of nobody gives all ones.
 
 use super::Width;
+use super::i440fx::I440Fx;
 
 /// What the address port selects: one register of one function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,9 +21,23 @@ pub struct ConfigAddress {
 #[derive(Clone, Debug, Default)]
 pub struct ConfigPorts {
     address: u32,
+    chips: Option<I440Fx>,
 }
 
 impl ConfigPorts {
+    /// With what firmware expects on the bus.
+    pub fn with_chips() -> Self {
+        Self {
+            chips: Some(I440Fx::default()),
+            ..Self::default()
+        }
+    }
+
+    /// Where the guest wants power management, if that is somewhere else than usual.
+    pub fn pm_base(&self) -> Option<u16> {
+        self.chips.as_ref()?.pm_base()
+    }
+
     /// The address port, as a double word.
     pub const fn address(&self) -> u32 {
         self.address
@@ -49,15 +64,23 @@ impl ConfigPorts {
     }
 
     /// Reads the data window from byte `lane` on. An enabled access reaches the
-    /// bus, where nobody answers and the lines float high; `None` when it does not
+    /// bus, where the lines float high if nobody answers; `None` when it does not
     /// get that far.
     pub fn read_data(&self, lane: u8, width: Width) -> Option<u32> {
-        self.target(lane).map(|_| width.mask() as u32)
+        let target = self.target(lane)?;
+        Some(match &self.chips {
+            Some(chips) => chips.read(target, width),
+            None => width.mask() as u32,
+        })
     }
 
     /// Writes the data window; false when the access does not reach the bus.
-    pub const fn write_data(&mut self, lane: u8) -> bool {
-        self.target(lane).is_some()
+    pub fn write_data(&mut self, lane: u8, width: Width, value: u32) -> bool {
+        let target = self.target(lane);
+        if let (Some(target), Some(chips)) = (target, &mut self.chips) {
+            chips.write(target, width, value);
+        }
+        target.is_some()
     }
 }
 

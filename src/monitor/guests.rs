@@ -8,17 +8,19 @@ use super::registry::{Follows, Wanted};
 use super::scheduler::{Scheduler, Task};
 use super::statistics::Exits;
 use super::{log, registry};
+use crate::addr::{Hpa, PAGE_SIZE};
 use crate::arch::cpu;
 use crate::devices::Clock;
 use crate::devices::chipset::ChipsetConfig;
+use crate::devices::fw_cfg::FwCfg;
 use crate::host::cpus;
 use crate::host::memory;
-use crate::host::memory::frames::{ALIGN_2M, FrameRange};
+use crate::host::memory::frames::{ALIGN_2M, ALIGN_4K, FrameRange};
 use crate::host::time;
 use crate::vcpu::{End, SetupError, Vcpu};
 use crate::vm::acpi;
 use crate::vm::boot::{self, BootError, EntryState, Images, Machine, Module, multiboot};
-use crate::vm::fw_cfg;
+use crate::vm::fw_cfg::{self, Kernel};
 use crate::vm::machine::{Host, Links, Vm};
 use crate::vm::memory::{GuestMemory, OutOfSlot};
 use crate::vm::memory_map::MemoryMap;
@@ -31,6 +33,7 @@ use ::log::{error, info, warn};
 use alloc::boxed::Box;
 use alloc::string::ToString;
 use alloc::sync::Arc;
+use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt;
 use core::sync::atomic::{AtomicUsize, Ordering};
@@ -136,11 +139,13 @@ pub fn tell_bootstrap() {
     }
 }
 
-/// Whether guests of this configuration may be started again: by their policy, or by the
-/// operator while another one runs.
+/// Whether the images of this configuration may be needed again: guests may be started again by
+/// their policy, or by the operator while another one runs, and firmware loads a kernel later.
 fn may_load_again(config: &Config) -> bool {
     let restarts = |vm: &config::Vm| [vm.on_reboot, vm.on_crash].contains(&Policy::Restart);
-    config.vm.len() > 1 || config.vm.iter().any(restarts)
+    let loads_later = |vm: &config::Vm| vm.firmware.is_some() && vm.kernel.is_some();
+    let needs = |vm: &config::Vm| restarts(vm) || loads_later(vm);
+    config.vm.len() > 1 || config.vm.iter().any(needs)
 }
 
 /// Why a guest cannot be loaded again.
@@ -248,7 +253,8 @@ impl Living {
             ram_above_4g: loaded.map.ram_above_4g(),
             io_apic_id: config.vcpus as u8,
             test_device: config.test_device,
-            fw_cfg: fw_cfg::describe(&loaded.map, config.vcpus, None),
+            firmware: config.firmware.is_some(),
+            fw_cfg: loaded.told,
         };
         let width = address_width();
         let places: Vec<_> = processors.iter().map(|own| &own.place).collect();
@@ -442,13 +448,22 @@ fn tell_memory() {
 }
 
 /// A guest's memory, given back when it is gone.
-struct Block(FrameRange);
+struct Block(Vec<FrameRange>);
+
+impl Block {
+    /// Of its first run.
+    fn start(&self) -> Hpa {
+        self.0.first().map_or(Hpa(0), |range| range.start)
+    }
+}
 
 impl Drop for Block {
     fn drop(&mut self) {
-        // SAFETY: allocated in `Loaded::new`; the VM that used it is dropped before.
-        let freed = unsafe { memory::free(self.0) };
-        debug_assert!(freed.is_ok());
+        for range in &self.0 {
+            // SAFETY: allocated in `Loading`; the VM that used it is dropped before.
+            let freed = unsafe { memory::free(*range) };
+            debug_assert!(freed.is_ok());
+        }
     }
 }
 
@@ -457,21 +472,41 @@ pub struct Loaded {
     memory: GuestMemory,
     map: MemoryMap,
     entry: EntryState,
+    /// What it is told by `fw_cfg`.
+    told: FwCfg,
     block: Block,
 }
 
 impl Loaded {
     /// Takes the guest's memory and fills it.
-    fn new(boot_info: &BootInfo, registered: &registry::Guest) -> Result<Self, StartError> {
+    fn new(boot_info: &'static BootInfo, registered: &registry::Guest) -> Result<Self, StartError> {
         let config = registered.config();
-        let frames =
-            memory::allocate(config.memory >> 12, ALIGN_2M).ok_or(StartError::NotEnoughMemory {
-                needed: config.memory,
-                largest_free: memory::largest_free(ALIGN_2M),
-            })?;
-        let block = Block(frames);
-        let map = MemoryMap::new(block.0.start, config.memory);
-        let memory = GuestMemory::new(map.slots(), DIRECT_MAP);
+        let block = Block(vec![allocate(config.memory, ALIGN_2M)?]);
+        let loading = Loading {
+            boot_info,
+            config,
+            map: MemoryMap::new(block.start(), config.memory),
+            block,
+        };
+        match &config.firmware {
+            Some(name) => loading.firmware(file(boot_info, name)?),
+            None => loading.kernel(),
+        }
+    }
+}
+
+/// A guest on its way into memory.
+struct Loading {
+    boot_info: &'static BootInfo,
+    config: &'static config::Vm,
+    map: MemoryMap,
+    block: Block,
+}
+
+impl Loading {
+    /// The guest's memory, filled with what it holds at first.
+    fn memory(&self) -> Result<GuestMemory, StartError> {
+        let memory = GuestMemory::new(self.map.slots(), DIRECT_MAP);
         for slot in memory.slots().iter() {
             let contents = match slot.kind {
                 SlotKind::Ram => 0,
@@ -481,43 +516,87 @@ impl Loaded {
                 .fill(slot.start, slot.len, contents)
                 .map_err(StartError::Tables)?;
         }
-        let rsdp = acpi::write(&memory, config.vcpus).map_err(StartError::Tables)?;
-        let kernel = file(boot_info, &config.kernel)?;
-        let initrd = match &config.initrd {
-            Some(name) => Some(file(boot_info, name)?),
+        Ok(memory)
+    }
+
+    fn file(&self, name: &str) -> Result<&'static [u8], StartError> {
+        file(self.boot_info, name)
+    }
+
+    fn initrd(&self) -> Result<Option<&'static [u8]>, StartError> {
+        let name = self.config.initrd.as_ref();
+        name.map(|name| self.file(name)).transpose()
+    }
+
+    /// Loads firmware, which finds a kernel by `fw_cfg`.
+    fn firmware(mut self, image: &[u8]) -> Result<Loaded, StartError> {
+        let len = (image.len() as u64).next_multiple_of(PAGE_SIZE);
+        let rom = allocate(len, ALIGN_4K)?;
+        self.block.0.push(rom);
+        self.map = self.map.with_firmware(rom.start, len);
+        let memory = self.memory()?;
+        let entry = boot::firmware::load(image, &memory).map_err(StartError::Boot)?;
+        let kernel = match &self.config.kernel {
+            Some(name) => Some(Kernel {
+                image: self.file(name)?,
+                initrd: self.initrd()?,
+                cmdline: &self.config.cmdline,
+            }),
             None => None,
         };
+        Ok(self.loaded(memory, entry, kernel.as_ref()))
+    }
+
+    /// Loads a kernel and what belongs to it.
+    fn kernel(self) -> Result<Loaded, StartError> {
+        let config = self.config;
+        let memory = self.memory()?;
+        let rsdp = acpi::write(&memory, config.vcpus).map_err(StartError::Tables)?;
+        let name = config.kernel.as_deref().unwrap_or_default();
         let modules: Result<Vec<Module>, StartError> = config
             .modules
             .iter()
             .map(|module| {
                 Ok(Module {
-                    bytes: file(boot_info, &module.file)?,
+                    bytes: self.file(&module.file)?,
                     cmdline: multiboot::with_name(&module.file, &module.cmdline),
                 })
             })
             .collect();
         let images = Images {
-            kernel,
-            name: &config.kernel,
-            initrd,
+            kernel: self.file(name)?,
+            name,
+            initrd: self.initrd()?,
             modules: modules?,
             cmdline: &config.cmdline,
             protocol: config.protocol,
         };
         let machine = Machine {
             memory: &memory,
-            map: &map,
+            map: &self.map,
             rsdp,
         };
         let entry = boot::load(&images, &machine).map_err(StartError::Boot)?;
-        Ok(Self {
-            memory,
-            map,
-            entry,
-            block,
-        })
+        Ok(self.loaded(memory, entry, None))
     }
+
+    fn loaded(self, memory: GuestMemory, entry: EntryState, kernel: Option<&Kernel>) -> Loaded {
+        Loaded {
+            memory,
+            told: fw_cfg::describe(&self.map, self.config.vcpus, kernel),
+            map: self.map,
+            entry,
+            block: self.block,
+        }
+    }
+}
+
+/// Memory for a guest.
+fn allocate(bytes: u64, align: u64) -> Result<FrameRange, StartError> {
+    memory::allocate(bytes.div_ceil(PAGE_SIZE), align).ok_or_else(|| StartError::NotEnoughMemory {
+        needed: bytes,
+        largest_free: memory::largest_free(align),
+    })
 }
 
 /// How many VPIDs guests have.

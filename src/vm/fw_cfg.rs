@@ -4,6 +4,7 @@
 use super::acpi::{Fix, Part, TABLES_ALIGN, Tables};
 use super::memory_map::{FOUR_GIB, MemoryMap, RangeKind};
 use crate::devices::fw_cfg::{FwCfg, key};
+use crate::devices::pc;
 use alloc::vec::Vec;
 use vireo_handoff::image;
 
@@ -12,6 +13,8 @@ const E820: &str = "etc/e820";
 const TABLES: &str = "etc/acpi/tables";
 const ROOT_POINTER: &str = "etc/acpi/rsdp";
 const LOADER: &str = "etc/table-loader";
+/// SeaBIOS shows there what it has no screen for.
+const CONSOLE: &str = "etc/sercon-port";
 
 /// Bytes of a file's name in the script, and of each of its commands.
 const NAME: usize = 56;
@@ -42,6 +45,7 @@ pub fn describe(map: &MemoryMap, vcpus: u32, kernel: Option<&Kernel>) -> FwCfg {
         describe_kernel(&mut told, kernel);
     }
     let tables = Tables::new(vcpus);
+    told.add_file(CONSOLE, pc::COM1.to_le_bytes().to_vec());
     told.add_file(ROOT_POINTER, tables.rsdp.clone());
     told.add_file(TABLES, tables.tables.clone());
     told.add_file(E820, e820(map));

@@ -43,12 +43,27 @@ pub struct Range {
 pub struct MemoryMap {
     block: Hpa,
     ram: u64,
+    /// Where the firmware's memory is in the host, and its bytes.
+    firmware: Option<(Hpa, u64)>,
 }
 
 impl MemoryMap {
     /// `ram` bytes (a multiple of 2 MiB) at `block`.
     pub fn new(block: Hpa, ram: u64) -> Self {
-        Self { block, ram }
+        Self {
+            block,
+            ram,
+            firmware: None,
+        }
+    }
+
+    /// With ROM of `len` bytes below 4 GiB, which is at `backing` in the host. Firmware finds RAM
+    /// where adapters and tables are else.
+    pub const fn with_firmware(self, backing: Hpa, len: u64) -> Self {
+        Self {
+            firmware: Some((backing, len)),
+            ..self
+        }
     }
 
     /// Bytes of address space below the hole that memory is behind.
@@ -73,15 +88,25 @@ impl MemoryMap {
     /// The slots. The VGA window is not memory.
     pub fn slots(&self) -> Slots {
         let low = self.ram_below_4g();
-        let slots = alloc::vec![
+        let mut slots = alloc::vec![
             self.slot(0, LOW_RAM_END.min(low), 0),
-            Slot {
-                kind: SlotKind::Rom,
-                ..self.slot(ADAPTER_ROMS, TABLES_START.min(low), ADAPTER_ROMS)
-            },
-            self.slot(TABLES_START, low, TABLES_START),
             self.slot(FOUR_GIB, FOUR_GIB + self.ram_above_4g(), low),
         ];
+        if let Some((backing, len)) = self.firmware {
+            slots.push(self.slot(ADAPTER_ROMS, low, ADAPTER_ROMS));
+            slots.push(Slot {
+                start: Gpa(FOUR_GIB - len),
+                len,
+                backing,
+                kind: SlotKind::Rom,
+            });
+        } else {
+            slots.push(self.slot(TABLES_START, low, TABLES_START));
+            slots.push(Slot {
+                kind: SlotKind::Rom,
+                ..self.slot(ADAPTER_ROMS, TABLES_START.min(low), ADAPTER_ROMS)
+            });
+        }
         // Disjoint by construction.
         Slots::new(slots).unwrap_or_default()
     }

@@ -12,6 +12,9 @@ pub fn add(suite: &mut Suite) {
     suite.add("protocols::multiboot_flat", multiboot_flat);
     suite.add("protocols::multiboot_elf", multiboot_elf);
     suite.add("protocols::multiboot_refused", multiboot_refused);
+    suite.add("protocols::seabios", seabios);
+    suite.add("protocols::efi_stub", efi_stub);
+    suite.add("protocols::firmware_refused", firmware_refused);
     suite.add("protocols::linux_i386", |case| {
         linux_i386(case, "linux-image-686")
     });
@@ -136,4 +139,65 @@ fn linux_i386(case: &mut Case, package: &str) -> Result<()> {
     case.check("memory", seen.output.contains("MemTotal:"), &seen.output);
     case.check_equal("the status", &seen.ending, &Ending::Status(3));
     Ok(())
+}
+
+/// A BIOS without anything to boot: it says so, and resets the machine after a minute of its own.
+fn seabios(case: &mut Case) -> Result<()> {
+    let progress = Progress::new();
+    let bios = Provisioner::new(&progress).seabios()?;
+    let seen = case
+        .machine()
+        .options(["--firmware", &bios.display().to_string(), "--memory", "64M"])
+        .run()?;
+    for line in [
+        "SeaBIOS (version ",
+        "Booting from Hard Disk...",
+        "No bootable device.",
+    ] {
+        case.check(line, seen.output.contains(line), &seen.console);
+    }
+    case.check_equal(
+        "the sentence",
+        seen.ending.sentence(),
+        "the guest guest has reset its machine",
+    );
+    Ok(())
+}
+
+/// UEFI starts the default kernel, which it is given by `fw_cfg`, as an EFI application.
+fn efi_stub(case: &mut Case) -> Result<()> {
+    const SCRIPT: &str = "cat /sys/firmware/efi/fw_platform_size; ls /sys/firmware/acpi/tables | head -4; \
+        cat /proc/cmdline; exit 6";
+    let progress = Progress::new();
+    let provisioner = Provisioner::new(&progress);
+    let (firmware, kernel) = (provisioner.ovmf()?, provisioner.default_guest()?.kernel);
+    let seen = case
+        .machine()
+        .options(["--firmware", &firmware.display().to_string()])
+        .options(["--kernel", &kernel.display().to_string()])
+        .exec(SCRIPT)
+        .limit(600)
+        .run()?;
+    let told = "64\nAPIC\nDSDT\nFACP\nFACS\n";
+    case.check(
+        "UEFI and its tables",
+        seen.output.starts_with(told),
+        &seen.output,
+    );
+    case.check(
+        "the command line",
+        seen.output.contains("console=ttyS0,115200") && seen.output.contains("initrd=initrd"),
+        &seen.output,
+    );
+    case.check_equal("the status", seen.ending, Ending::Status(6));
+    Ok(())
+}
+
+fn firmware_refused(case: &mut Case) -> Result<()> {
+    let config = "[[vm]]\nname = \"a\"\nmemory = \"64M\"\nfirmware = \"bios\"\n";
+    let machine = case.machine().volume(config, &[("bios", &[0; 6000])])?;
+    case.refusal(
+        machine,
+        &["bios: the firmware has 6000 bytes; expected a multiple of 4096"],
+    )
 }

@@ -176,7 +176,19 @@ impl<'a> Provisioner<'a> {
             .context("the package busybox-static has no busybox")
     }
 
-    fn ovmf(&self) -> Result<PathBuf> {
+    /// Firmware of a PC with a BIOS.
+    ///
+    /// # Errors
+    /// When it cannot be fetched.
+    pub fn seabios(&self) -> Result<PathBuf> {
+        self.file("seabios", "usr/share/seabios/bios.bin")
+    }
+
+    /// Firmware of a PC with UEFI.
+    ///
+    /// # Errors
+    /// When it cannot be fetched.
+    pub fn ovmf(&self) -> Result<PathBuf> {
         self.file("ovmf", "usr/share/ovmf/OVMF.fd")
     }
 

@@ -28,7 +28,7 @@ pub(crate) const DISK: &str = "disk.img";
 #[derive(Args, Debug, Default)]
 pub struct GuestOptions {
     /// The configuration file; the files that it names stand below its folder
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["image", "modules", "initrd", "cmdline", "memory", "vcpus", "apic", "statistics", "test_device"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["image", "firmware", "modules", "initrd", "cmdline", "memory", "vcpus", "apic", "statistics", "test_device"])]
     pub config: Option<PathBuf>,
     /// The guest's kernel, instead of Debian's; how it is started is seen from the file
     #[arg(long, value_name = "FILE", group = "image")]
@@ -39,6 +39,9 @@ pub struct GuestOptions {
     /// A kernel to start by PVH
     #[arg(long, value_name = "FILE", group = "image")]
     pub pvh: Option<PathBuf>,
+    /// Firmware to start at the reset vector; --kernel and --initrd are what it is given
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["multiboot", "pvh", "modules"])]
+    pub firmware: Option<PathBuf>,
     /// A file for a kernel that is started by multiboot or PVH, and what it is told about it
     #[arg(long = "module", value_name = "FILE[=CMDLINE]", value_parser = module)]
     pub modules: Vec<(PathBuf, String)>,
@@ -71,7 +74,7 @@ pub struct Options {
     #[command(flatten)]
     guest: GuestOptions,
     /// Boot this disk image, as `image` makes them, instead of making one
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["config", "image", "modules", "initrd", "cmdline", "memory", "vcpus", "apic", "statistics", "test_device", "exec"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["config", "image", "firmware", "modules", "initrd", "cmdline", "memory", "vcpus", "apic", "statistics", "test_device", "exec"])]
     disk: Option<PathBuf>,
     /// Run COMMAND in the guest's shell, print its output, power off, and exit with its status
     #[arg(long, value_name = "COMMAND")]
@@ -162,6 +165,7 @@ impl GuestOptions {
         let single = Single {
             kernel: kernel.map(PathBuf::as_path),
             protocol,
+            firmware: self.firmware.as_deref(),
             modules: &self.modules,
             initrd: self.initrd.as_deref(),
             cmdline: self.cmdline.as_deref(),

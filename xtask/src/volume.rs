@@ -29,6 +29,8 @@ pub struct Single<'a> {
     pub kernel: Option<&'a Path>,
     /// How it is started.
     pub protocol: Protocol,
+    /// Firmware, which is started instead, and given the kernel.
+    pub firmware: Option<&'a Path>,
     /// Files beside it, and what it is told about them.
     pub modules: &'a [(PathBuf, String)],
     /// The initial RAM disk.
@@ -108,17 +110,22 @@ impl Volume {
         terminal: Option<(u16, u16, &str)>,
         provisioner: &Provisioner,
     ) -> Result<Self> {
-        let kernel = match single.kernel {
-            Some(path) => paths::read(path)?,
-            None => paths::read(&provisioner.default_guest()?.kernel)?,
+        let kernel = match (single.kernel, single.firmware) {
+            (Some(path), _) => Some(paths::read(path)?),
+            (None, Some(_)) => None,
+            (None, None) => Some(paths::read(&provisioner.default_guest()?.kernel)?),
         };
+        let linux = kernel
+            .as_ref()
+            .and_then(|kernel| image::kind(kernel, single.protocol).ok())
+            .filter(|kind| !matches!(kind, Kind::Multiboot(_)));
         let mut initrd = single.initrd.map(paths::read).transpose()?;
         // The default guest's shell goes with other kernels too, where nothing else is said.
         let default_initrd = initrd.is_none()
-            && (single.kernel.is_none()
-                || single.cmdline.is_none() && is_bzimage(&kernel, single.protocol));
-        if default_initrd {
-            let (busybox, applets) = busybox_for(&kernel, provisioner)?;
+            && linux == Some(Kind::BzImage)
+            && (single.kernel.is_none() || single.cmdline.is_none());
+        if let (true, Some(kernel)) = (default_initrd, &kernel) {
+            let (busybox, applets) = busybox_for(kernel, provisioner)?;
             initrd = Some(guest::initramfs(&busybox, &applets));
         }
         if let (true, Some((columns, rows, name)), Some(initrd)) =
@@ -126,27 +133,32 @@ impl Volume {
         {
             initrd.splice(..0, guest::terminal_overlay(columns, rows, name));
         }
-        let job = wanted(job, &kernel, single.protocol, initrd.is_some())?;
-        let linux = matches!(
-            image::kind(&kernel, single.protocol),
-            Ok(Kind::BzImage | Kind::Elf)
-        );
-        let default = if linux { guest::CMDLINE } else { "" };
+        let job = wanted(job, linux, initrd.is_some())?;
+        let default = if linux.is_some() { guest::CMDLINE } else { "" };
         let mut cmdline = single.cmdline.unwrap_or(default).to_owned();
         let memory = single.memory.unwrap_or(guest::MEMORY);
         let vcpus = single.vcpus.unwrap_or(1);
         let fingerprint = fingerprint(&(&kernel, &initrd, &cmdline, memory, vcpus));
         if let Some(job) = job {
             cmdline = guest::exec_cmdline(&cmdline);
-            initrd = Some(with_job(job, &kernel, initrd, default_initrd, provisioner)?);
+            let kernel = kernel.as_deref().unwrap_or_default();
+            initrd = Some(with_job(job, kernel, initrd, default_initrd, provisioner)?);
         }
         // Kernels of other protocols are told their names.
         let mut names = Names::default();
         let name = match single.kernel {
-            Some(path) if !linux => names.of(path),
+            Some(path) if linux.is_none() => names.of(path),
             _ => names.of(Path::new("kernel")),
         };
-        let mut files = vec![entry(&name, kernel)];
+        let mut files = Vec::new();
+        let has_kernel = kernel.is_some();
+        files.extend(kernel.map(|kernel| entry(&name, kernel)));
+        let mut firmware = None;
+        if let Some(path) = single.firmware {
+            let name = names.of(path);
+            files.push(entry(&name, paths::read(path)?));
+            firmware = Some(name);
+        }
         let mut modules = Vec::new();
         for (path, cmdline) in single.modules {
             let file = names.of(path);
@@ -157,14 +169,15 @@ impl Volume {
             });
         }
         let vm = Vm {
-            name: if linux { "linux" } else { "guest" }.into(),
+            name: if linux.is_some() { "linux" } else { "guest" }.into(),
             memory,
             vcpus,
             cpus: Vec::new(),
             priority: 0,
             slice_us: SLICE_US,
             after: None,
-            kernel: name,
+            kernel: has_kernel.then_some(name),
+            firmware,
             initrd: initrd.is_some().then(|| INITRD.into()),
             modules,
             cmdline,
@@ -212,7 +225,8 @@ impl Volume {
         let mut fingerprint = None;
         if let [vm] = config.vm.as_slice() {
             let initrd = vm.initrd.as_ref().map(read).transpose()?;
-            fingerprint = Some(self::fingerprint(&(&text, read(&vm.kernel)?, initrd)));
+            let kernel = vm.kernel.as_ref().map(read).transpose()?;
+            fingerprint = Some(self::fingerprint(&(&text, kernel, initrd)));
         }
         let mut files = Vec::new();
         let mut console = None;
@@ -220,15 +234,22 @@ impl Volume {
             .and_then(|job| job.vm)
             .map_or(Ok(0), |wanted| index_of(&config, wanted, path))?;
         let vm = config.vm.get(index).context("there is no vm")?;
-        let job = match job {
-            Some(_) => wanted(job, &read(&vm.kernel)?, vm.protocol, vm.initrd.is_some())?,
-            None => None,
+        let kernel = match job {
+            Some(_) => vm
+                .kernel
+                .as_ref()
+                .map(read)
+                .transpose()?
+                .unwrap_or_default(),
+            None => Vec::new(),
         };
+        let kind = image::kind(&kernel, vm.protocol).ok();
+        let linux = kind.filter(|kind| !matches!(kind, Kind::Multiboot(_)));
+        let job = wanted(job, linux, vm.initrd.is_some())?;
         if let Some(job) = job {
             console = OneConsole::new(&config, index)?;
             let vm = config.vm.get_mut(index).context("there is no vm")?;
             let given = vm.initrd.as_ref().map(read).transpose()?;
-            let kernel = read(&vm.kernel)?;
             let initrd = with_job(job, &kernel, given, false, provisioner)?;
             files.push(entry(WITH_JOB, initrd));
             vm.initrd = Some(WITH_JOB.into());
@@ -277,7 +298,11 @@ impl Volume {
             Some(file.contents.as_slice())
         };
         Ok(Guest {
-            kernel: file(&vm.kernel).context("the guest has no kernel")?,
+            kernel: vm
+                .kernel
+                .as_ref()
+                .and_then(file)
+                .context("the guest has no kernel")?,
             initrd: vm.initrd.as_ref().and_then(file),
             vm,
         })
@@ -371,10 +396,6 @@ fn with_job(
     Ok(archive)
 }
 
-fn is_bzimage(kernel: &[u8], protocol: Protocol) -> bool {
-    matches!(image::kind(kernel, protocol), Ok(Kind::BzImage))
-}
-
 /// Busybox and its applets for a guest with this kernel.
 fn busybox_for(kernel: &[u8], provisioner: &Provisioner) -> Result<(Vec<u8>, Vec<String>)> {
     if image::is_32_bit_linux(kernel) {
@@ -384,30 +405,23 @@ fn busybox_for(kernel: &[u8], provisioner: &Provisioner) -> Result<(Vec<u8>, Vec
     }
 }
 
-/// The job, if this kernel is one to have it: Linux, as far as one can tell.
+/// The job, if the kernel, which is of this kind if it may be Linux, is one to have it.
 fn wanted<'a, 'b>(
     job: Option<&'a Job<'b>>,
-    kernel: &[u8],
-    protocol: Protocol,
+    linux: Option<Kind>,
     has_initrd: bool,
 ) -> Result<Option<&'a Job<'b>>> {
-    let Some(job) = job else {
-        return Ok(None);
+    let commanded = job.is_some_and(|job| job.command.is_some());
+    ensure!(
+        linux.is_some() || !commanded,
+        "a command needs the shell of a Linux guest, and this guest has no Linux kernel; leave --exec away"
+    );
+    // Of other ELF files nobody knows what they do with an initrd.
+    let may_have = match linux {
+        Some(Kind::Elf) => has_initrd || commanded,
+        linux => linux.is_some(),
     };
-    let kind = image::kind(kernel, protocol);
-    if job.command.is_some() {
-        ensure!(
-            !matches!(kind, Ok(Kind::Multiboot(_))),
-            "a command needs the shell of a Linux guest, and this kernel is started by multiboot; leave --exec away"
-        );
-        return Ok(Some(job));
-    }
-    let linux = match kind {
-        Ok(Kind::BzImage) => true,
-        Ok(Kind::Elf) => has_initrd,
-        _ => false,
-    };
-    Ok(linux.then_some(job))
+    Ok(job.filter(|_| may_have))
 }
 
 /// Names of files on the volume, no two of them the same.
@@ -560,7 +574,10 @@ mod tests {
             |job: &Job| Volume::single(&single, Some(job), None, &Provisioner::new(&progress));
         let good = volume(&job).unwrap();
         let vm = &good.config.vm[0];
-        assert_eq!((&*vm.kernel, &*vm.cmdline), ("mykernel.bin", ""));
+        assert_eq!(
+            (vm.kernel.as_deref(), &*vm.cmdline),
+            (Some("mykernel.bin"), "")
+        );
         let names: Vec<&str> = vm.modules.iter().map(|module| &*module.file).collect();
         assert_eq!(names, ["m", "2-M", "3-initrd"]);
         assert_eq!(vm.modules[2].cmdline, "to initrd");

@@ -36,8 +36,10 @@ pub struct Vm {
     pub slice_us: u32,
     /// It starts when the guest with this name, which is one before it, has ended for good.
     pub after: Option<String>,
-    /// What is booted.
-    pub kernel: String,
+    /// What is booted; with firmware, what that is given.
+    pub kernel: Option<String>,
+    /// Firmware, to start instead of the kernel.
+    pub firmware: Option<String>,
     /// Initial RAM disk.
     pub initrd: Option<String>,
     /// What else is put into its memory for it.
@@ -170,7 +172,9 @@ impl Vm {
     /// The names of the files that it needs.
     pub fn files(&self) -> impl Iterator<Item = &str> {
         let modules = self.modules.iter().map(|module| &module.file);
-        core::iter::once(&self.kernel)
+        self.kernel
+            .iter()
+            .chain(&self.firmware)
             .chain(&self.initrd)
             .chain(modules)
             .map(String::as_str)
@@ -248,7 +252,8 @@ mod read {
         priority: Option<Spanned<u8>>,
         slice_us: Option<Spanned<u32>>,
         after: Option<Spanned<String>>,
-        kernel: String,
+        kernel: Option<String>,
+        firmware: Option<String>,
         initrd: Option<String>,
         #[serde(default)]
         modules: Vec<Module>,
@@ -356,6 +361,12 @@ mod read {
                         let reason = "memory is wrong; expected a multiple of 2 MiB such as \"256M\" or \"1G\"";
                         error(vm.memory.span(), reason.to_string())
                     })?;
+                if vm.kernel.is_none() && vm.firmware.is_none() {
+                    let reason = format!(
+                        "the vm \"{name}\" has neither `kernel` nor `firmware`; expected one of them"
+                    );
+                    return Err(error(vm.name.span(), reason));
+                }
                 let vcpus = *vm.vcpus.get_ref();
                 if !(1..=MOST_VCPUS).contains(&vcpus) {
                     let reason = format!("vcpus is {vcpus}; expected 1 to {MOST_VCPUS}");
@@ -437,6 +448,7 @@ mod read {
                     slice_us,
                     after: vm.after.map(Spanned::into_inner),
                     kernel: vm.kernel,
+                    firmware: vm.firmware,
                     initrd: vm.initrd,
                     modules: vm.modules,
                     cmdline: vm.cmdline,
@@ -505,6 +517,17 @@ mod read {
                     "{wrong}"
                 );
             }
+        }
+
+        #[test]
+        fn firmware_may_have_a_kernel() {
+            let text = GOOD.replace("kernel = \"vmlinuz\"", "firmware = \"bios.bin\"");
+            let config = Config::parse("vireo.toml", &text).unwrap();
+            assert_eq!(config.files(), ["bios.bin"]);
+            assert_eq!(config.vm[0].kernel, None);
+            let text = alloc::format!("{GOOD}firmware = \"bios.bin\"\n");
+            let config = Config::parse("vireo.toml", &text).unwrap();
+            assert_eq!(config.files(), ["vmlinuz", "bios.bin"]);
         }
 
         #[test]
@@ -645,7 +668,10 @@ mod read {
             for empty in ["", "# nothing\n", "vm = []"] {
                 assert!(reason(empty).contains("1:1: there is no vm; expected a [[vm]] section"));
             }
-            assert!(reason("[[vm]]\nname = \"a\"\nmemory = \"2M\"\n").contains("kernel"));
+            assert!(
+                reason("[[vm]]\nname = \"a\"\nmemory = \"2M\"\n")
+                    .starts_with("vireo.toml:2:8: the vm \"a\" has neither")
+            );
         }
     }
 }

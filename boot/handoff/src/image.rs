@@ -118,6 +118,8 @@ pub enum ImageError {
     NotOf(Protocol, Content),
     /// No multiboot kernel, or one that asks too much.
     Multiboot(multiboot::HeaderError),
+    /// Of so many bytes no firmware can be.
+    FirmwareSize { len: u64 },
     /// Lengths in bytes.
     Truncated { need: u64, have: u64 },
     /// Not an ELF file of this kind of CPU, or one that contradicts itself.
@@ -136,6 +138,10 @@ impl fmt::Display for ImageError {
                 "the kernel image is {content}, and the boot protocol \"{protocol}\" needs another kind of file; leave `protocol` away"
             ),
             Self::Multiboot(error) => error.fmt(f),
+            Self::FirmwareSize { len } => write!(
+                f,
+                "the firmware has {len} bytes; expected a multiple of 4096, at most {FIRMWARE_MAX}, such as bios.bin or OVMF.fd"
+            ),
             Self::Truncated { need, have } => write!(
                 f,
                 "the kernel image is truncated: its header promises {need} bytes and it has {have}; copy it again"
@@ -149,6 +155,21 @@ impl fmt::Display for ImageError {
 }
 
 impl core::error::Error for ImageError {}
+
+/// The longest firmware, in bytes: the interrupt controllers are below.
+const FIRMWARE_MAX: u64 = 16 << 20;
+
+/// Checks that `file` may be firmware.
+///
+/// # Errors
+/// Why not.
+pub const fn check_firmware(file: &[u8]) -> Result<(), ImageError> {
+    let len = file.len() as u64;
+    if len == 0 || !len.is_multiple_of(4096) || len > FIRMWARE_MAX {
+        return Err(ImageError::FirmwareSize { len });
+    }
+    Ok(())
+}
 
 /// Checks that `file` is a kernel of this protocol, and whole.
 ///

@@ -6,6 +6,10 @@ const HZ: u64 = 1_000_000_000;
 const NOW: Ticks = Ticks(1000);
 
 fn chipset() -> Chipset {
+    with_firmware(false)
+}
+
+fn with_firmware(firmware: bool) -> Chipset {
     Chipset::new(
         Clock::new(HZ),
         NOW,
@@ -16,6 +20,7 @@ fn chipset() -> Chipset {
             io_apic_id: 1,
             test_device: true,
             fw_cfg: FwCfg::default(),
+            firmware,
         },
     )
 }
@@ -318,6 +323,22 @@ fn fw_cfg_is_selected_by_a_word_and_asked_for_transfers_by_two() {
 }
 
 #[test]
+fn firmware_moves_power_management_and_it_stays_where_it_was_too() {
+    let mut chipset = with_firmware(true);
+    let timer = |chipset: &mut Chipset, port| chipset.port_read(NOW, port, Width::Dword);
+    assert_eq!(timer(&mut chipset, 0xb008), u32::MAX);
+    for (address, value) in [(0x8000_0b40, 0xb001), (0x8000_0b80, 1)] {
+        chipset.port_write(NOW, 0xcf8, Width::Dword, address);
+        chipset.port_write(NOW, 0xcfc, Width::Dword, value);
+    }
+    let usual = timer(&mut chipset, 0x608);
+    assert_eq!(timer(&mut chipset, 0xb008), usual);
+    assert_ne!(usual, u32::MAX);
+    let off = chipset.port_write(NOW, 0xb004, Width::Word, 5 << 10 | 1 << 13);
+    assert_eq!(off, Some(Request::PowerOff));
+}
+
+#[test]
 fn without_the_test_device_nobody_is_there() {
     let mut chipset = Chipset::new(Clock::new(HZ), NOW, &ChipsetConfig::default());
     write(&mut chipset, NOW, &PICS);
@@ -333,7 +354,7 @@ proptest! {
     fn nothing_a_guest_does_goes_wrong(
         steps in prop::collection::vec((0..8u8, prop_oneof![prop::sample::select(&PORTS[..]), any::<u16>()], 0..3u8, any::<u32>(), prop_oneof![0..1000u64, 0..1u64 << 50]), 0..150),
     ) {
-        let mut chipset = chipset();
+        let mut chipset = with_firmware(true);
         let mut now = NOW;
         for (what, port, width, value, pause) in steps {
             now = Ticks(now.0 + pause);

@@ -2,6 +2,7 @@
 
 pub mod bzimage;
 mod elf;
+pub mod firmware;
 pub mod multiboot;
 mod placement;
 pub mod pvh;
