@@ -258,6 +258,8 @@ fn boot(group: &Group, options: &Options, folder: &Path) -> Result<(Outcome, Str
         .args(["--cmdline", &group.arguments, "--test-device"])
         .args(["--memory", &group.memory.to_string()])
         .args(["--vcpus", &group.vcpus.to_string()])
+        // A CPU for each: tests that wait for each other do so for a whole turn otherwise.
+        .args(["--smp", &group.vcpus.to_string()])
         .args(["--timeout", &limit.to_string()])
         .arg("--folder")
         .arg(folder);
