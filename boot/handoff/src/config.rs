@@ -473,6 +473,7 @@ mod read {
     #[cfg(test)]
     mod tests {
         use super::*;
+        use proptest::prelude::*;
 
         fn reason(text: &str) -> String {
             Config::parse("vireo.toml", text).unwrap_err().to_string()
@@ -672,6 +673,33 @@ mod read {
                 reason("[[vm]]\nname = \"a\"\nmemory = \"2M\"\n")
                     .starts_with("vireo.toml:2:8: the vm \"a\" has neither")
             );
+        }
+
+        proptest! {
+            /// Whatever is written there, it is a configuration that survives the way to the
+            /// hypervisor, or an error with a place in the text.
+            #[test]
+            fn no_text_is_a_disaster(parts in prop::collection::vec(prop_oneof![
+                Just(GOOD.to_string()),
+                prop::sample::select(&[
+                    "[[vm]]", "name = ", "memory = ", "kernel", "firmware = \"f\"", "modules = [{file = \"m\"}]",
+                    "vcpus = ", "cpus = [0, 1]", "cmdline = ", "protocol = \"pvh\"", "test_device = true",
+                    "after = \"a\"", "priority = 3", "\"b\"", "\"2M\"", "0", "-1", "18446744073709551615", "\n", "#", "\u{e9}",
+                ][..]).prop_map(String::from),
+                ".{0,8}",
+            ], 0..12)) {
+                let text = parts.concat();
+                match Config::parse("vireo.toml", &text) {
+                    Ok(config) => {
+                        let bytes = postcard::to_allocvec(&config).unwrap();
+                        prop_assert_eq!(postcard::from_bytes::<Config>(&bytes).unwrap(), config);
+                    }
+                    Err(error) => {
+                        prop_assert!(error.line >= 1 && error.line <= text.matches('\n').count() + 1);
+                        prop_assert!(!error.reason().contains('\n'));
+                    }
+                }
+            }
         }
     }
 }
