@@ -451,6 +451,36 @@ impl Guest {
         console::ended(self.index);
     }
 
+    /// Asks it for its state.
+    ///
+    /// # Errors
+    /// Why that cannot be.
+    pub fn ask_for_dump(&self) -> Result<(), &'static str> {
+        self.with(|life| {
+            let Life::Running(running) = life else {
+                return Err(life.why_not_steered());
+            };
+            self.control.ask_for_states(running.mailboxes.len());
+            for mailbox in running.mailboxes.iter() {
+                mailbox.post(Events::REQUEST);
+            }
+            Ok(())
+        })
+    }
+
+    /// The states of its vCPUs, once they have shown them.
+    ///
+    /// # Errors
+    /// It has not, and does not run any more.
+    pub fn dump(&self) -> Result<Option<Vec<String>>, &'static str> {
+        let shown = self.control.take_states();
+        let runs = self.with(|life| matches!(life, Life::Running(_)));
+        if shown.is_none() && !runs {
+            return Err("it has ended");
+        }
+        Ok(shown)
+    }
+
     /// Its last exits, the oldest first; until it has started, none.
     pub fn trace(&self) -> Vec<Traced> {
         self.with(|life| match life {

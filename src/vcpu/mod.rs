@@ -10,6 +10,7 @@ mod attention;
 mod bochs;
 pub mod control_registers;
 pub mod cpuid;
+mod dump;
 pub mod emulate;
 pub mod events;
 mod exceptions;

@@ -8,6 +8,7 @@ use super::{Attention, Leave, Vcpu};
 use crate::addr::{Gpa, Gva};
 use crate::devices::Ticks;
 use crate::devices::chipset::Chipset;
+use crate::host::console;
 use crate::vm::control::Request;
 use crate::vmx::check::{self, FieldReader};
 use crate::vmx::entry::{Entry, Left, Next};
@@ -168,6 +169,12 @@ impl Vcpu {
             }
             if asked.contains(Request::RESET) {
                 return Turn::Ends(End::Reset);
+            }
+            if asked.contains(Request::DUMP) {
+                let dump = || self.dump(entry.registers());
+                if self.vm.control.show(self.id, dump) {
+                    console::attend();
+                }
             }
             if asked.contains(Request::PAUSE) {
                 return Turn::Waits(None);

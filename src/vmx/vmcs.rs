@@ -68,6 +68,9 @@ macro_rules! fields {
             use super::{Field, $access};
             use x86::vmx::vmcs::$area as encoding;
             $(pub const $name: Field<$type, $access> = Field::new(encoding::$encoding);)*
+
+            /// All of these, by their names, with their encodings.
+            pub const ALL: &[(&str, u32)] = &[$((stringify!($name), encoding::$encoding)),*];
         }
     };
 }
@@ -230,6 +233,21 @@ fields! {
 pub struct Vmcs {
     region: Hpa,
     not_send: PhantomData<*const ()>,
+}
+
+/// Every field that is used here, by area and name, with its encoding.
+pub fn fields() -> impl Iterator<Item = (&'static str, &'static str, u32)> {
+    let areas = [
+        ("guest", guest::ALL),
+        ("control", control::ALL),
+        ("information", information::ALL),
+        ("host", host::ALL),
+    ];
+    let named = |(area, all): (_, &'static [(&'static str, u32)])| {
+        all.iter()
+            .map(move |&(name, encoding)| (area, name, encoding))
+    };
+    areas.into_iter().flat_map(named)
 }
 
 impl Vmcs {

@@ -12,6 +12,7 @@ pub fn add(suite: &mut Suite) {
     suite.add("console::operator", operator);
     suite.add("console::life_cycle", life_cycle);
     suite.add("console::thousand_rounds", thousand_rounds);
+    suite.add("console::dumps", dumps);
     suite.add(
         "console::command_in_one_of_several",
         command_in_one_of_several,
@@ -219,6 +220,65 @@ fn command_in_one_of_several(case: &mut Case) -> Result<()> {
             > 1,
         &seen.console,
     );
+    Ok(())
+}
+
+/// What spins with interrupts off, and what mostly halts.
+const DUMPED: &str = r#"
+[[vm]]
+name = "halts"
+memory = "8M"
+kernel = "latency"
+
+[[vm]]
+name = "spins"
+memory = "8M"
+kernel = "spin"
+cpus = [1]
+"#;
+
+const DUMPS: [(&str, &str); 6] = [
+    ("round 1 ", "\x14pdump spins\r"),
+    ("VMCS, host:", "dump halts\r"),
+    ("VMCS, host:", "vm spins pause\rdump spins\r"),
+    ("VMCS, host:", "vm spins destroy\rdump spins\r"),
+    ("spins: it is not created", "trace halts 2\r"),
+    ("\n   0  ", "vm halts stop\r"),
+];
+
+/// Guests show their state wherever they are.
+fn dumps(case: &mut Case) -> Result<()> {
+    let files = ["latency", "spin"].map(|name| Ok((name, paths::read(&build::guest(name)?)?)));
+    let files = files
+        .into_iter()
+        .collect::<Result<Vec<(&str, Vec<u8>)>>>()?;
+    let files: Vec<(&str, &[u8])> = files.iter().map(|(name, file)| (*name, &**file)).collect();
+    let seen = case
+        .machine()
+        .volume(DUMPED, &files)?
+        .options(["--smp", "2"])
+        .input(Input::Typed(DUMPS.to_vec()))
+        .limit(180)
+        .run()?;
+    case.check_equal("each has come", &seen.ending, &Ending::Status(0));
+    let dumps: Vec<&str> = seen.console.split("> \x1b[Kdump ").skip(1).collect();
+    case.check_equal("so many were asked for", dumps.len(), 4);
+    for (dump, guest) in dumps.iter().zip(["spins", "halts", "spins"]) {
+        let value = |name: &str| {
+            let mut words = dump.split_whitespace().skip_while(|word| *word != name);
+            u64::from_str_radix(words.nth(1)?, 16).ok()
+        };
+        case.check_equal(
+            &format!("{guest}: CPL 0"),
+            value("CS_SELECTOR").map(|cs| cs & 3),
+            Some(0),
+        );
+        case.check(
+            &format!("{guest}: RIP is in its program"),
+            value("RIP").is_some_and(|rip| (0x10_0000..0x30_0000).contains(&rip)),
+            dump,
+        );
+    }
     Ok(())
 }
 

@@ -15,6 +15,7 @@ mod figures;
 mod guests;
 mod harness;
 mod images;
+mod isolation;
 mod linux;
 mod nested;
 mod protocols;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
     fetching::add(&mut suite);
     figures::add(&mut suite);
     guests::add(&mut suite);
+    isolation::add(&mut suite);
     linux::add(&mut suite);
     nested::add(&mut suite);
     protocols::add(&mut suite);

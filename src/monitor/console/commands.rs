@@ -29,6 +29,16 @@ pub trait Machine {
     /// # Errors
     /// Why not.
     fn steer(&self, guest: usize, action: Action) -> Result<(), &'static str>;
+    /// Asks the guest with this index for its state.
+    ///
+    /// # Errors
+    /// Why that cannot be.
+    fn ask_for_dump(&self, guest: usize) -> Result<(), &'static str>;
+    /// The states of its vCPUs, once they are there.
+    ///
+    /// # Errors
+    /// Why it will not come.
+    fn dump(&self, guest: usize) -> Result<Option<Vec<String>>, &'static str>;
     /// Whether the guest with this index has done that.
     fn is_settled(&self, guest: usize) -> bool;
 }
@@ -114,6 +124,8 @@ pub struct Memory {
 pub enum Wait {
     /// The guest with this index has done what it was asked for.
     Steered(usize),
+    /// The guest with this index has shown its state.
+    Dump(usize),
 }
 
 type Answer = fn(&dyn Machine, &[&str], &mut Text) -> Result<Option<Wait>, Complaint>;
@@ -129,7 +141,7 @@ struct Command {
 /// Exits that are shown where nobody says how many.
 const TRACE: usize = 32;
 
-const COMMANDS: [Command; 8] = [
+const COMMANDS: [Command; 9] = [
     Command {
         name: "vms",
         arguments: "",
@@ -159,6 +171,12 @@ const COMMANDS: [Command; 8] = [
         arguments: "NAME [COUNT]",
         help: "the last VM exits, 32 or COUNT of them",
         run: trace,
+    },
+    Command {
+        name: "dump",
+        arguments: "NAME",
+        help: "a guest's registers and VMCS",
+        run: dump,
     },
     Command {
         name: "mem",
@@ -233,9 +251,24 @@ impl Commands for Prompt<'_> {
         })
     }
 
-    fn is_over(&self, wait: Wait) -> bool {
-        let Wait::Steered(guest) = wait;
-        self.0.is_settled(guest)
+    fn is_over(&self, wait: Wait, out: &mut Text) -> bool {
+        let guest = match wait {
+            Wait::Steered(guest) => return self.0.is_settled(guest),
+            Wait::Dump(guest) => guest,
+        };
+        let dump = self.0.dump(guest);
+        // As above.
+        let _ = match &dump {
+            Ok(None) => return false,
+            Ok(Some(states)) => states.iter().zip(0..).try_for_each(|(state, vcpu)| {
+                if states.len() > 1 {
+                    writeln!(out, "vCPU {vcpu}:")?;
+                }
+                out.write_str(state)
+            }),
+            Err(reason) => writeln!(out, "{reason}"),
+        };
+        true
     }
 }
 
@@ -437,6 +470,21 @@ fn trace(
     Ok(None)
 }
 
+fn dump(
+    machine: &dyn Machine,
+    arguments: &[&str],
+    _: &mut Text,
+) -> Result<Option<Wait>, Complaint> {
+    let [name] = *arguments else {
+        return Err(wrong_arguments("dump"));
+    };
+    let index = index_of(machine, name)?;
+    machine
+        .ask_for_dump(index)
+        .map(|()| Some(Wait::Dump(index)))
+        .map_err(|reason| Complaint::Refused(name.into(), reason))
+}
+
 const fn microseconds(ticks: u64, hz: u64) -> u64 {
     (ticks as u128 * 1_000_000 / if hz == 0 { 1 } else { hz as u128 }) as u64
 }
@@ -551,6 +599,24 @@ mod tests {
             }
         }
 
+        fn ask_for_dump(&self, guest: usize) -> Result<(), &'static str> {
+            if guest == 0 {
+                Ok(())
+            } else {
+                Err("it does not run")
+            }
+        }
+
+        fn dump(&self, guest: usize) -> Result<Option<Vec<String>>, &'static str> {
+            let states = |states: &[&str]| Ok(Some(states.iter().map(|&s| s.into()).collect()));
+            match guest {
+                0 => states(&["rax 0\n"]),
+                3 => states(&["rax 0\n", "rax 1\n"]),
+                1 => Ok(None),
+                _ => Err("it has ended"),
+            }
+        }
+
         fn is_settled(&self, guest: usize) -> bool {
             guest == 1
         }
@@ -570,8 +636,8 @@ mod tests {
         }
         let wait = Prompt(&Fake).answer("vm linux stop", &mut Text::new());
         assert_eq!(wait, Some(Wait::Steered(0)));
-        assert!(!Prompt(&Fake).is_over(Wait::Steered(0)));
-        assert!(Prompt(&Fake).is_over(Wait::Steered(1)));
+        assert!(!Prompt(&Fake).is_over(Wait::Steered(0), &mut Text::new()));
+        assert!(Prompt(&Fake).is_over(Wait::Steered(1), &mut Text::new()));
         assert_eq!(lines("vm linux start"), ["linux: it has not ended"]);
         assert_eq!(lines("vm b stop"), ["b: it does not run"]);
         assert_eq!(lines("vm c stop"), ["there is no guest c; vms lists them"]);
@@ -623,6 +689,24 @@ mod tests {
         assert_eq!(lines("mem")[5], "frames            1234 free");
         assert_eq!(lines("mem")[3], "guests          262144 KiB");
         assert_eq!(lines("log"), ["one", "two"]);
+    }
+
+    #[test]
+    fn a_state_is_shown_when_it_has_come() {
+        assert_eq!(lines("dump b"), ["b: it does not run"]);
+        assert_eq!(lines("dump"), ["dump is written dump NAME"]);
+        let mut out = Text::new();
+        let wait = Prompt(&Fake).answer("dump linux", &mut out);
+        assert_eq!((wait, out.len()), (Some(Wait::Dump(0)), 0));
+        let mut shown = |guest| {
+            let over = Prompt(&Fake).is_over(Wait::Dump(guest), &mut out);
+            let bytes: Vec<u8> = core::iter::from_fn(|| out.pop()).collect();
+            (over, String::from_utf8(bytes).unwrap())
+        };
+        assert_eq!(shown(0), (true, "rax 0\r\n".into()));
+        assert_eq!(shown(3).1, "vCPU 0:\r\nrax 0\r\nvCPU 1:\r\nrax 1\r\n");
+        assert_eq!(shown(1), (false, String::new()));
+        assert_eq!(shown(2), (true, "it has ended\r\n".into()));
     }
 
     #[test]

@@ -164,6 +164,16 @@ impl Machine for ThisMachine {
             .map_or_else(Vec::new, |guest| guest.trace())
     }
 
+    fn ask_for_dump(&self, guest: usize) -> Result<(), &'static str> {
+        let guests = registry::all();
+        guests.get(guest).ok_or("it is gone")?.ask_for_dump()
+    }
+
+    fn dump(&self, guest: usize) -> Result<Option<Vec<String>>, &'static str> {
+        let guests = registry::all();
+        guests.get(guest).ok_or("it is gone")?.dump()
+    }
+
     fn now(&self) -> u64 {
         cpu::rdtsc()
     }

@@ -54,8 +54,8 @@ pub trait Line {
 pub trait Commands {
     /// The answer to `line`, in whole lines; what the next line waits for.
     fn answer(&self, line: &str, out: &mut Text) -> Option<Wait>;
-    /// Whether that has come.
-    fn is_over(&self, wait: Wait) -> bool;
+    /// Whether that has come; then the rest of the answer.
+    fn is_over(&self, wait: Wait, out: &mut Text) -> bool;
 }
 
 /// Who has the line.
@@ -193,7 +193,8 @@ impl Multiplexer {
 
     /// Goes on with the prompt when the last command is over.
     fn wait(&mut self, commands: &impl Commands) {
-        if self.waits.is_some_and(|wait| commands.is_over(wait)) {
+        let text = &mut self.text;
+        if self.waits.is_some_and(|wait| commands.is_over(wait, text)) {
             self.waits = None;
             self.draw();
         }

@@ -48,7 +48,7 @@ impl Commands for Echo {
         line.starts_with("wait").then_some(Wait::Steered(0))
     }
 
-    fn is_over(&self, _: Wait) -> bool {
+    fn is_over(&self, _: Wait, _: &mut Text) -> bool {
         self.over
     }
 }
