@@ -1,13 +1,18 @@
-//! The serial console at run time: two rings, moved by the UART's interrupt.
+//! The serial ports at run time: two rings each, moved by the UART's interrupt.
 //!
-//! Nobody waits here. [`write`] takes what fits and says how much that was;
+//! Nobody waits here. [`Line::write`] takes what fits and says how much that was;
 //! the interrupt handler refills the transmitter's FIFO each time it runs
 //! empty. Until [`start`], output is polled.
+//!
+//! Before the receiving ring is full, and while the reader wants nothing more
+//! ([`Line::hold`]), RTS asks the other side to wait. A UART that lowers RTS by itself (auto-flow)
+//! would look at CTS too, which many cables do not have.
 //!
 //! Who has to do something each time that bytes have moved registers a function for it
 //! ([`on_moved`]), since the users of this lie on higher floors.
 
-use super::{interrupts, io_apic, local_apic, serial};
+use super::serial::{self, Port, Received};
+use super::{interrupts, io_apic, local_apic};
 use crate::arch::cpu::without_interrupts;
 use arrayvec::ArrayVec;
 use core::hint;
@@ -22,6 +27,11 @@ use uart_16550::spec::FIFO_SIZE;
 pub const TRANSMIT_BUFFER: usize = 16 * 1024;
 /// Bytes that wait for a reader.
 pub const RECEIVE_BUFFER: usize = 1024;
+/// More received bytes than this, and the other side is asked to wait: those that it sends before
+/// it does fit too.
+const STOP: usize = RECEIVE_BUFFER * 3 / 4;
+/// It goes on when no more than this are left.
+const RESUME: usize = RECEIVE_BUFFER / 2;
 /// Received bytes taken in one interrupt; more come with the next one.
 const RECEIVE_BURST: usize = 64;
 /// Causes that one interrupt looks for: on a line that works the second look finds none.
@@ -108,42 +118,43 @@ impl<const N: usize> Ring<N> {
     }
 }
 
-struct Console {
+/// A serial port that is run by interrupts.
+pub struct Line {
+    port: &'static Port,
+    /// Its ISA interrupt.
+    irq: u8,
+    queues: Mutex<Queues>,
+    /// The transmit interrupt is enabled, so the queue is being drained. Written with the queues
+    /// locked, and no other memory is read because of it.
+    draining: AtomicBool,
+    /// A break has come in. No other memory is read because of it.
+    has_break: AtomicBool,
+}
+
+struct Queues {
     transmit: Ring<TRANSMIT_BUFFER>,
     receive: Ring<RECEIVE_BUFFER>,
     /// Interrupts are routed: queue instead of polling.
     running: bool,
+    /// The reader has no use for more at the moment.
+    held: bool,
+    /// The other side was asked to wait.
+    stopped: bool,
 }
 
-static CONSOLE: Mutex<Console> = Mutex::new(Console {
-    transmit: Ring::new(),
-    receive: Ring::new(),
-    running: false,
-});
+/// The first serial port, the operator's.
+pub static OPERATOR: Line = Line::new(&serial::COM1, io_apic::COM1_IRQ);
+/// The second one, which a guest may have for itself.
+pub static SECOND: Line = Line::new(&serial::COM2, io_apic::COM2_IRQ);
 
 /// Called when bytes have moved; null for nobody.
 static ON_MOVED: AtomicPtr<()> = AtomicPtr::new(ptr::null_mut());
 
-/// The local APIC identifier of the CPU that the UART interrupts. Written before there are
+/// The local APIC identifier of the CPU that the UARTs interrupt. Written before there are
 /// others.
 static CPU: AtomicU32 = AtomicU32::new(0);
 
-/// The transmit interrupt is enabled, so the queue is being drained. Written
-/// with the console locked.
-static DRAINING: AtomicBool = AtomicBool::new(false);
-
-fn set_draining(on: bool) {
-    DRAINING.store(on, Ordering::Relaxed);
-    serial::set_transmit_interrupt(on);
-}
-
-/// Whether an interrupt comes when the transmitter runs empty: who has output
-/// can leave it until then.
-pub fn is_draining() -> bool {
-    DRAINING.load(Ordering::Relaxed)
-}
-
-/// Has `hook` called after each interrupt of the UART, on the CPU that it interrupts, with
+/// Has `hook` called after each interrupt of a UART, on the CPU that it interrupts, with
 /// interrupts off. It must not wait.
 pub fn on_moved(hook: fn()) {
     ON_MOVED.store(hook as *mut (), Ordering::Release);
@@ -157,7 +168,7 @@ fn moved() {
     }
 }
 
-/// Has the hook called, since there is output that it does not know of. On the UART's CPU it
+/// Has the hook called, since there is output that it does not know of. On the UARTs' CPU it
 /// is called here; another CPU interrupts that one, and does not wait for it.
 pub fn attend() {
     let cpu = CPU.load(Ordering::Relaxed);
@@ -170,161 +181,233 @@ pub fn attend() {
     }
 }
 
-/// Runs `f` with the console locked. Interrupts are off meanwhile, since the
-/// handler takes the same lock.
-fn with<R>(f: impl FnOnce(&mut Console) -> R) -> R {
-    without_interrupts(|| f(&mut CONSOLE.lock()))
-}
-
-/// Turns from polling to interrupts. COM1's line must be routed to
-/// [`interrupts::COM1`] ([`io_apic::init`]).
+/// Turns from polling to interrupts, which come to the calling CPU.
 pub fn start() {
     CPU.store(local_apic::id(), Ordering::Relaxed);
-    if !serial::present() {
-        return;
+    interrupts::register(interrupts::COM1, |_| OPERATOR.interrupt());
+    OPERATOR.start();
+}
+
+/// The same for the second port, which is set up first; false where there is none.
+pub fn start_second() -> bool {
+    if !SECOND.port.present() && SECOND.port.init() {
+        interrupts::register(interrupts::COM2, |_| SECOND.interrupt());
+        SECOND.start();
     }
-    interrupts::register(interrupts::COM1, |_| interrupt());
-    with(|console| {
-        console.running = true;
-        serial::enable_receive_interrupt();
-    });
-    io_apic::unmask_isa(io_apic::COM1_IRQ);
+    SECOND.port.present()
 }
 
-/// Queues `bytes` for the serial port, as many as fit; how many that were. Without a
-/// serial port all are taken, and vanish.
-pub fn write(bytes: impl IntoIterator<Item = u8>) -> usize {
-    let mut bytes = bytes.into_iter();
-    if !serial::present() {
-        return bytes.count();
-    }
-    with(|console| {
-        if !console.running {
-            return write_polled(bytes);
-        }
-        let mut taken = 0;
-        while console.transmit.space() > 0
-            && let Some(byte) = bytes.next()
-        {
-            console.transmit.push(byte);
-            taken += 1;
-        }
-        // The first bytes go directly: few characters need no interrupt then, and not every UART
-        // raises one when that of an empty transmitter is enabled.
-        if !is_draining() {
-            serial::refill(|| console.transmit.pop());
-            if !console.transmit.is_empty() {
-                set_draining(true);
-            }
-        }
-        taken
-    })
-}
-
-/// Sends all of `bytes`, and waits for that; how many they were.
-fn write_polled(mut bytes: impl Iterator<Item = u8>) -> usize {
-    let mut sent = 0;
-    loop {
-        let burst: ArrayVec<u8, FIFO_SIZE> = bytes.by_ref().take(FIFO_SIZE).collect();
-        if burst.is_empty() {
-            return sent;
-        }
-        serial::write_polled(&burst);
-        sent += burst.len();
-    }
-}
-
-/// How many bytes [`write`] would take now.
-pub fn write_space() -> usize {
-    if serial::present() {
-        with(|console| console.transmit.space())
-    } else {
-        usize::MAX
-    }
-}
-
-/// The next byte that came in.
-pub fn read() -> Option<u8> {
-    with(|console| console.receive.pop())
-}
-
-/// Bytes that wait for the transmitter now.
-pub fn queued() -> usize {
-    with(|console| console.transmit.len())
-}
-
-/// The UART's interrupt handler. Bounded, waits for nothing.
-///
-/// The I/O APIC takes the UART's line by its edges: it has to be low at the end, or no
-/// interrupt would ever come again. It stays high when a cause comes while another is there. So
-/// causes are looked for until there is none.
-pub fn interrupt() {
-    with(|console| {
-        for _ in 0..CAUSES {
-            let cause = serial::acknowledge();
-            console.serve();
-            if !cause {
-                break;
-            }
+/// [`Line::flush`] of the operator's line for a dying machine: does nothing when someone holds the
+/// lock, because that may be the code which died.
+pub fn flush_unless_locked() {
+    without_interrupts(|| {
+        if let Some(mut queues) = OPERATOR.queues.try_lock() {
+            OPERATOR.drain(&mut queues);
         }
     });
-    moved();
 }
 
-impl Console {
+impl Line {
+    const fn new(port: &'static Port, irq: u8) -> Self {
+        Self {
+            port,
+            irq,
+            queues: Mutex::new(Queues {
+                transmit: Ring::new(),
+                receive: Ring::new(),
+                running: false,
+                held: false,
+                stopped: false,
+            }),
+            draining: AtomicBool::new(false),
+            has_break: AtomicBool::new(false),
+        }
+    }
+
+    /// Its interrupt must be routed ([`io_apic::init`]).
+    fn start(&self) {
+        if !self.port.present() {
+            return;
+        }
+        self.with(|queues| {
+            queues.running = true;
+            self.port.enable_receive_interrupt();
+        });
+        io_apic::unmask_isa(self.irq);
+    }
+
+    /// Runs `f` with the queues locked. Interrupts are off meanwhile, since the
+    /// handler takes the same lock.
+    fn with<R>(&self, f: impl FnOnce(&mut Queues) -> R) -> R {
+        without_interrupts(|| f(&mut self.queues.lock()))
+    }
+
+    /// Whether an interrupt comes when the transmitter runs empty: who has output
+    /// can leave it until then.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    fn set_draining(&self, on: bool) {
+        self.draining.store(on, Ordering::Relaxed);
+        self.port.set_transmit_interrupt(on);
+    }
+
+    /// Queues `bytes` for the serial port, as many as fit; how many that were. Without a
+    /// serial port all are taken, and vanish.
+    pub fn write(&self, bytes: impl IntoIterator<Item = u8>) -> usize {
+        let mut bytes = bytes.into_iter();
+        if !self.port.present() {
+            return bytes.count();
+        }
+        self.with(|queues| {
+            if !queues.running {
+                return self.write_polled(bytes);
+            }
+            let mut taken = 0;
+            while queues.transmit.space() > 0
+                && let Some(byte) = bytes.next()
+            {
+                queues.transmit.push(byte);
+                taken += 1;
+            }
+            // The first bytes go directly: few characters need no interrupt then, and not every
+            // UART raises one when that of an empty transmitter is enabled.
+            if !self.is_draining() {
+                self.port.refill(|| queues.transmit.pop());
+                if !queues.transmit.is_empty() {
+                    self.set_draining(true);
+                }
+            }
+            taken
+        })
+    }
+
+    /// Sends all of `bytes`, and waits for that; how many they were.
+    fn write_polled(&self, mut bytes: impl Iterator<Item = u8>) -> usize {
+        let mut sent = 0;
+        loop {
+            let burst: ArrayVec<u8, FIFO_SIZE> = bytes.by_ref().take(FIFO_SIZE).collect();
+            if burst.is_empty() {
+                return sent;
+            }
+            self.port.write_polled(&burst);
+            sent += burst.len();
+        }
+    }
+
+    /// How many bytes [`Line::write`] would take now.
+    pub fn write_space(&self) -> usize {
+        if self.port.present() {
+            self.with(|queues| queues.transmit.space())
+        } else {
+            usize::MAX
+        }
+    }
+
+    /// The next byte that came in.
+    pub fn read(&self) -> Option<u8> {
+        self.with(|queues| {
+            let byte = queues.receive.pop();
+            self.control_flow(queues);
+            byte
+        })
+    }
+
+    /// Whether a break has come in since the last call.
+    pub fn take_break(&self) -> bool {
+        self.has_break.load(Ordering::Relaxed) && self.has_break.swap(false, Ordering::Relaxed)
+    }
+
+    /// Whether the other side is to wait, since the reader has no use for more.
+    pub fn hold(&self, on: bool) {
+        self.with(|queues| {
+            queues.held = on;
+            self.control_flow(queues);
+        });
+    }
+
+    /// Bytes that wait for the transmitter now.
+    pub fn queued(&self) -> usize {
+        self.with(|queues| queues.transmit.len())
+    }
+
+    /// The UART's interrupt handler. Bounded, waits for nothing.
+    ///
+    /// The I/O APIC takes the UART's line by its edges: it has to be low at the end, or no
+    /// interrupt would ever come again. It stays high when a cause comes while another is there. So
+    /// causes are looked for until there is none.
+    fn interrupt(&self) {
+        self.with(|queues| {
+            for _ in 0..CAUSES {
+                let cause = self.port.acknowledge();
+                self.serve(queues);
+                if !cause {
+                    break;
+                }
+            }
+        });
+        moved();
+    }
+
     /// Takes what has come, and gives the transmitter what it has room for.
-    fn serve(&mut self) {
+    fn serve(&self, queues: &mut Queues) {
         for _ in 0..RECEIVE_BURST {
-            match serial::receive() {
+            match self.port.receive() {
                 // A full queue loses what comes last, as a UART does.
-                Some(byte) => self.receive.push(byte),
+                Some(Received::Byte(byte)) => queues.receive.push(byte),
+                Some(Received::Break) => {
+                    self.has_break.store(true, Ordering::Relaxed);
+                    continue;
+                }
                 None => break,
             };
         }
-        if is_draining() {
-            serial::refill(|| self.transmit.pop());
-            if self.transmit.is_empty() {
-                set_draining(false);
+        self.control_flow(queues);
+        if self.is_draining() {
+            self.port.refill(|| queues.transmit.pop());
+            if queues.transmit.is_empty() {
+                self.set_draining(false);
             }
         }
     }
-}
 
-/// Sends everything that is queued, by polling, but gives everybody else the console in
-/// between. A transmitter that does not move is given up.
-pub fn flush() {
-    let mut idle = 0;
-    while idle < serial::PATIENCE {
-        let (before, after) = with(|console| {
-            let before = console.transmit.len();
-            serial::refill(|| console.transmit.pop());
-            (before, console.transmit.len())
-        });
-        if after == 0 {
-            return;
+    /// Asks the other side to wait before anything is lost, or to go on.
+    fn control_flow(&self, queues: &mut Queues) {
+        let limit = if queues.stopped { RESUME } else { STOP };
+        let stop = queues.held || queues.receive.len() > limit;
+        if stop != queues.stopped {
+            queues.stopped = stop;
+            self.port.set_request_to_send(!stop);
         }
-        idle = if after < before { 0 } else { idle + 1 };
-        // Another CPU that waits for the lock gets it.
-        (0..PAUSES).for_each(|_| hint::spin_loop());
     }
-    with(drain);
-}
 
-/// [`flush`] for a dying machine: does nothing when someone holds the lock,
-/// because that may be the code which died.
-pub fn flush_unless_locked() {
-    without_interrupts(|| {
-        if let Some(mut console) = CONSOLE.try_lock() {
-            drain(&mut console);
+    /// Sends everything that is queued, by polling, but gives everybody else the queues in
+    /// between. A transmitter that does not move is given up.
+    pub fn flush(&self) {
+        let mut idle = 0;
+        while idle < serial::PATIENCE {
+            let (before, after) = self.with(|queues| {
+                let before = queues.transmit.len();
+                self.port.refill(|| queues.transmit.pop());
+                (before, queues.transmit.len())
+            });
+            if after == 0 {
+                return;
+            }
+            idle = if after < before { 0 } else { idle + 1 };
+            // Another CPU that waits for the lock gets it.
+            (0..PAUSES).for_each(|_| hint::spin_loop());
         }
-    });
-}
-
-fn drain(console: &mut Console) {
-    while let Some(byte) = console.transmit.pop() {
-        serial::write_polled(&[byte]);
+        self.with(|queues| self.drain(queues));
     }
-    serial::wait_until_sent();
+
+    fn drain(&self, queues: &mut Queues) {
+        while let Some(byte) = queues.transmit.pop() {
+            self.port.write_polled(&[byte]);
+        }
+        self.port.wait_until_sent();
+    }
 }
 
 #[cfg(test)]

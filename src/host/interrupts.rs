@@ -15,6 +15,8 @@ pub const FIRST: u8 = 32;
 pub const ISA: u8 = 0x30;
 /// The first serial port.
 pub const COM1: u8 = ISA + 4;
+/// The second one.
+pub const COM2: u8 = ISA + 3;
 /// The local APIC timer.
 pub const TIMER: u8 = 0xe0;
 /// An interrupt between CPUs whose only purpose is to cause a VM exit.

@@ -12,6 +12,8 @@ use spin::Mutex;
 
 /// COM1's ISA interrupt.
 pub const COM1_IRQ: u8 = 4;
+/// COM2's.
+pub const COM2_IRQ: u8 = 3;
 
 const VERSION: u32 = 1;
 const REDIRECTION: u32 = 0x10;

@@ -134,7 +134,7 @@ pub fn off_when_read() -> ! {
 /// handler of an exception on the way, it goes on with the next way.
 pub fn off_at_once() -> ! {
     cpu::disable_interrupts();
-    serial::wait_until_sent();
+    serial::COM1.wait_until_sent();
     let ways: [fn(); 3] = [by_acpi, by_firmware, say_that_it_stays_on];
     while let Some(way) = ways.get(TRIED.fetch_add(1, Ordering::AcqRel) as usize) {
         way();

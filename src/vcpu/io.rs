@@ -164,8 +164,8 @@ impl Vcpu {
         let now = self.now();
         let port = Arc::clone(&self.vm.console);
         let unknown = self.with_chipset(|chipset| {
-            port.receive(|byte| chipset.serial_input(now, byte));
-            chipset.serial_output(|output| port.send(output))
+            let read = port.receive(|byte| chipset.serial_input(now, byte));
+            chipset.serial_output(|output| port.send(output)) | read
         });
         if unknown {
             console::attend();

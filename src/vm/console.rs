@@ -26,6 +26,10 @@ use spin::Mutex;
 pub const OUTPUT: usize = 8 * 1024;
 /// Bytes that wait for the guest to read them.
 pub const INPUT: usize = 2 * 1024;
+/// More than so many of them, and whoever types is to wait.
+const STOP: usize = INPUT * 3 / 4;
+/// No more than so many of them, and he may go on.
+const RESUME: usize = INPUT / 2;
 
 /// The console of one guest.
 pub struct ConsolePort {
@@ -48,6 +52,8 @@ struct Rings {
     input: Ring<INPUT>,
     /// The mailboxes of the guest's vCPUs, the first of which is told of what moves.
     vcpus: Option<Arc<[Mailbox]>>,
+    /// Whoever types was asked to wait.
+    held: bool,
 }
 
 impl Default for ConsolePort {
@@ -67,6 +73,7 @@ impl ConsolePort {
                 shown: false,
                 input: Ring::new(),
                 vcpus: None,
+                held: false,
             }),
             busy: AtomicBool::new(true),
             has_input: AtomicBool::new(false),
@@ -93,10 +100,11 @@ impl ConsolePort {
         rings.unsent > 0 && !self.is_busy()
     }
 
-    /// Offers what was typed to `accept`, until that refuses a byte, which is offered again.
-    pub fn receive(&self, mut accept: impl FnMut(u8) -> bool) {
+    /// Offers what was typed to `accept`, until that refuses a byte, which is offered again. True
+    /// when the line has to be told that there is room again.
+    pub fn receive(&self, mut accept: impl FnMut(u8) -> bool) -> bool {
         if !self.has_input() {
-            return;
+            return false;
         }
         let mut rings = self.rings.lock();
         while let Some(byte) = rings.input.get(0)
@@ -106,6 +114,7 @@ impl ConsolePort {
         }
         let left = !rings.input.is_empty();
         self.has_input.store(left, Ordering::Relaxed);
+        rings.held && rings.input.len() <= RESUME
     }
 
     /// Whether what the guest sends can be left in COM1 while there is room.
@@ -158,6 +167,14 @@ impl ConsolePort {
             rings.tell();
         }
         rings.unsent > 0 && !busy
+    }
+
+    /// Whether whoever types is to wait, so that nothing is lost.
+    pub fn holds(&self) -> bool {
+        let mut rings = self.rings.lock();
+        let limit = if rings.held { RESUME } else { STOP };
+        rings.held = rings.input.len() > limit;
+        rings.held
     }
 
     /// A byte for the guest; false when there is no room, and the byte is lost.
@@ -281,6 +298,25 @@ mod tests {
         assert_eq!(seen, b"abbc");
         assert!(!port.has_input());
         assert_eq!((0..INPUT + 1).filter(|_| port.type_in(0)).count(), INPUT);
+    }
+
+    #[test]
+    fn who_types_waits_until_half_is_read() {
+        let port = ConsolePort::new();
+        (0..STOP).for_each(|_| assert!(port.type_in(b'x') && !port.holds()));
+        assert!(port.type_in(b'x') && port.holds());
+        let read = |count: usize| {
+            let mut left = count;
+            port.receive(|_| {
+                left = left.saturating_sub(1);
+                left > 0
+            })
+        };
+        assert!(!read(STOP - RESUME), "one is offered again");
+        assert!(port.holds());
+        assert!(read(3), "the line is told");
+        assert!(!port.holds());
+        assert!(!read(1));
     }
 
     /// A guest's CPU that only looks when it is told, and a line on another: neither waits

@@ -13,6 +13,7 @@ pub fn add(suite: &mut Suite) {
     suite.add("console::life_cycle", life_cycle);
     suite.add("console::thousand_rounds", thousand_rounds);
     suite.add("console::dumps", dumps);
+    suite.add("console::input_flood", input_flood);
     suite.add(
         "console::command_in_one_of_several",
         command_in_one_of_several,
@@ -345,6 +346,43 @@ fn thousand_rounds(case: &mut Case) -> Result<()> {
         "the last one's end is the machine's",
         &seen.ending,
         &Ending::Status(0),
+    );
+    Ok(())
+}
+
+/// Lines that are typed at once, and their length.
+const LINES: usize = 100;
+const LINE: usize = 60;
+
+/// What is pasted comes to the guest whole, and in its order.
+fn input_flood(case: &mut Case) -> Result<()> {
+    let kernel = paths::read(&build::guest("echo")?)?;
+    let lines: Vec<String> = (0..LINES).map(|n| format!("{n:0LINE$}")).collect();
+    let pasted: &str = (lines.join("\r") + "\rquit\r").leak();
+    let seen = case
+        .machine()
+        .volume(CONFIG, &[("echo", &kernel)])?
+        .options(["--smp", "2"])
+        // The other guest sends all that it can meanwhile.
+        .input(Input::Typed(vec![
+            ("echo: ready", "\x142"),
+            ("console 2: second", "flood\r"),
+            ("flood 1", "\x141"),
+            ("console 1: first", pasted),
+            ("console 2: second", "x"),
+            ("flood: over", "quit\r"),
+        ]))
+        .limit(180)
+        .run()?;
+    case.check_equal("both have ended", &seen.ending, &Ending::Status(0));
+    let echoed = seen.console.lines().filter_map(|line| {
+        let text = line.trim_end().strip_prefix("echo: \"")?;
+        text.strip_suffix('"')
+    });
+    case.check_equal(
+        "each line has come",
+        echoed.collect::<Vec<_>>(),
+        lines.iter().map(|line| &**line).collect(),
     );
     Ok(())
 }

@@ -66,6 +66,8 @@ pub fn add(suite: &mut Suite) {
         smp(case, "slice_us = 1000", 3, 1)
     });
     suite.add("guests::reset", reset);
+    suite.add("guests::crash_all_at_once", crash_all_at_once);
+    suite.add("guests::more_cpus_than_there_are", more_cpus_than_there_are);
     suite.add("guests::test_device", test_device);
     suite.add("guests::spin", spin);
 }
@@ -365,6 +367,79 @@ fn matches(text: &str, pattern: &str) -> bool {
         }
     }
     rest.is_empty()
+}
+
+/// Guests that crash on all CPUs end, each with its reason, and the machine goes off.
+fn crash_all_at_once(case: &mut Case) -> Result<()> {
+    const WAYS: [(&str, &str); 3] = [
+        ("triple", "triple fault at 0x"),
+        (
+            "unmapped",
+            "code or page tables at 0xd0000000, where it has no memory",
+        ),
+        ("hang", "halted with interrupts off"),
+    ];
+    let mut config = String::new();
+    let mut files = Vec::new();
+    for ((name, _), cpu) in WAYS.iter().zip(0..) {
+        config += &entry(name, name);
+        config += &format!("cpus = [{cpu}]\n");
+        files.push((*name, paths::read(&build::guest(name)?)?));
+    }
+    let files: Vec<(&str, &[u8])> = files.iter().map(|(name, file)| (*name, &**file)).collect();
+    let seen = case
+        .machine()
+        .volume(&config, &files)?
+        .options(["--smp", "3"])
+        .limit(180)
+        .run()?;
+    for (name, reason) in WAYS {
+        let verdict = format!("vireo: vm {name}: stopped: {reason}");
+        case.check(
+            &format!("{name} is told"),
+            said_part(&seen, &verdict),
+            &seen.console,
+        );
+    }
+    case.check_equal(
+        "nobody is left, and nothing else is wrong",
+        seen.console.matches(": stopped: ").count(),
+        3,
+    );
+    case.check(
+        "it is no crash",
+        matches!(seen.ending, Ending::Refused(_)),
+        format!("{:?}", seen.ending),
+    );
+    Ok(())
+}
+
+/// A guest for a CPU that is not there does not start, and takes no other with it.
+fn more_cpus_than_there_are(case: &mut Case) -> Result<()> {
+    let config = format!(
+        "{}cpus = [7]\n{}",
+        entry("greedy", "reset"),
+        entry("modest", "reset")
+    );
+    let kernel = paths::read(&build::guest("reset")?)?;
+    let seen = case
+        .machine()
+        .volume(&config, &[("reset", &kernel)])?
+        .options(["--smp", "2"])
+        .limit(120)
+        .run()?;
+    for line in [
+        "vireo: error: vm greedy: `cpus` in vireo.toml names CPU 7, and the machine has these: 0 1",
+        "vireo: vm modest: reset",
+    ] {
+        case.check(line, said_part(&seen, line), &seen.console);
+    }
+    Ok(())
+}
+
+/// Whether a line of the console has this in it.
+fn said_part(seen: &Outcome, part: &str) -> bool {
+    seen.console.lines().any(|line| line.contains(part))
 }
 
 #[cfg(test)]

@@ -79,7 +79,7 @@ pub fn ended(index: usize) {
 pub fn flush() {
     loop {
         serve();
-        console::flush();
+        console::OPERATOR.flush();
         if with(|multiplexer| multiplexer.is_said()) {
             return;
         }
@@ -91,23 +91,31 @@ struct HostLine;
 
 impl Line for HostLine {
     fn read(&mut self) -> Option<u8> {
-        console::read()
+        console::OPERATOR.read()
     }
 
     fn queued(&self) -> usize {
-        console::queued()
+        console::OPERATOR.queued()
     }
 
     fn space(&self) -> usize {
-        console::write_space()
+        console::OPERATOR.write_space()
     }
 
     fn write(&mut self, bytes: &[u8]) {
-        console::write(bytes.iter().copied());
+        console::OPERATOR.write(bytes.iter().copied());
     }
 
     fn is_busy(&self) -> bool {
-        console::is_draining()
+        console::OPERATOR.is_draining()
+    }
+
+    fn hold(&mut self, on: bool) {
+        console::OPERATOR.hold(on);
+    }
+
+    fn take_break(&mut self) -> bool {
+        console::OPERATOR.take_break()
     }
 }
 

@@ -9,6 +9,9 @@
 //! | `p`, `0` | the hypervisor's prompt |
 //! | Ctrl-T | sends one Ctrl-T |
 //!
+//! A break on the line is Ctrl-T p, also where a guest that does not read keeps the line from
+//! sending keys.
+//!
 //! The first guest that starts gets the line, and when it has ended, one that runs or
 //! that starts then.
 
@@ -48,6 +51,10 @@ pub trait Line {
     fn write(&mut self, bytes: &[u8]);
     /// Whether it will have itself served again, since it is sending.
     fn is_busy(&self) -> bool;
+    /// Whether whoever types is to wait.
+    fn hold(&mut self, on: bool);
+    /// Whether there was a break since the last call.
+    fn take_break(&mut self) -> bool;
 }
 
 /// Who answers the prompt's commands.
@@ -144,6 +151,10 @@ impl Multiplexer {
     /// Moves what can be moved. Bounded: by what was typed, what the line takes, and what
     /// the commands say, of which `ENOUGH_TEXT` holds back the next.
     pub fn serve(&mut self, line: &mut impl Line, commands: &impl Commands) {
+        if line.take_break() {
+            self.escaped = false;
+            self.switch(Focus::Prompt);
+        }
         while self.focus != Focus::Nobody
             && self.text.len() < ENOUGH_TEXT
             && self.typed_ahead.len() < TYPED_AHEAD
@@ -158,6 +169,10 @@ impl Multiplexer {
             };
             self.typed(byte, commands);
         }
+        line.hold(match self.focus {
+            Focus::Guest(index) => self.guests[index].port.holds(),
+            _ => false,
+        });
         self.fill(line);
     }
 
@@ -228,7 +243,7 @@ impl Multiplexer {
                     }
                 }
             }
-            // As with a UART, what a guest does not read in time is lost.
+            // Where nobody waits because of `Line::hold`, this is lost, as with a UART.
             Focus::Guest(index) => {
                 self.guests[index].port.type_in(byte);
             }

@@ -9,6 +9,8 @@ struct Wire {
     typed: VecDeque<u8>,
     queue: VecDeque<u8>,
     sent: Vec<u8>,
+    held: bool,
+    has_break: bool,
 }
 
 const SPACE: usize = 1024;
@@ -33,6 +35,14 @@ impl Line for Wire {
 
     fn is_busy(&self) -> bool {
         !self.queue.is_empty()
+    }
+
+    fn hold(&mut self, on: bool) {
+        self.held = on;
+    }
+
+    fn take_break(&mut self) -> bool {
+        std::mem::take(&mut self.has_break)
     }
 }
 
@@ -208,6 +218,30 @@ fn a_flood_of_keys_loses_what_the_guest_does_not_read_but_no_escape() {
     desk.type_in(b"\x14p");
     assert_eq!(desk.multiplexer.focus, Focus::Prompt);
     assert_eq!(desk.read(0).len(), crate::vm::console::INPUT);
+}
+
+#[test]
+fn a_line_with_flow_control_loses_nothing() {
+    let mut desk = Desk::running(&["a"]);
+    let mut read = 0;
+    for _ in 0..10_000 {
+        if desk.wire.held {
+            let bytes = desk.read(0);
+            assert!(bytes.iter().all(|byte| *byte == b'x'));
+            read += bytes.len();
+            desk.serve();
+            assert!(!desk.wire.held);
+        }
+        desk.type_in(b"x");
+    }
+    assert_eq!(read + desk.read(0).len(), 10_000);
+    // One that does not read keeps keys back, and not a break.
+    desk.type_in(&[b'x'; crate::vm::console::INPUT]);
+    assert!(desk.wire.held);
+    desk.wire.has_break = true;
+    desk.serve();
+    assert_eq!(desk.multiplexer.focus, Focus::Prompt);
+    assert!(!desk.wire.held);
 }
 
 #[test]

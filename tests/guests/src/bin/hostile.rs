@@ -1,4 +1,4 @@
-//! Does for a tenth of a second what its command line says, as often as it can, and powers off.
+//! Does for 60 ms what its command line says, as often as it can, and powers off.
 #![no_std]
 #![no_main]
 
@@ -66,7 +66,7 @@ fn run() {
     exceptions::on(IPI, |_| apic::eoi());
     exceptions::on(vector::NMI, |_| {});
     apic::write(register::LVT_TIMER, entry::TSC_DEADLINE | u32::from(TIMER));
-    let (start, duration) = (rdtsc(), microseconds(100_000));
+    let (start, duration) = (rdtsc(), microseconds(60_000));
     while rdtsc().wrapping_sub(start) < duration {
         way();
     }
