@@ -197,6 +197,19 @@ pub fn start_second() -> bool {
     SECOND.port.present()
 }
 
+/// Whether [`start_second`] has found the second port.
+pub fn has_second() -> bool {
+    SECOND.port.present()
+}
+
+/// Sends everything that is queued ([`Line::flush`]).
+pub fn flush() {
+    OPERATOR.flush();
+    if has_second() {
+        SECOND.flush();
+    }
+}
+
 /// [`Line::flush`] of the operator's line for a dying machine: does nothing when someone holds the
 /// lock, because that may be the code which died.
 pub fn flush_unless_locked() {

@@ -13,6 +13,7 @@ use crate::arch::cpu;
 use crate::devices::Clock;
 use crate::devices::chipset::ChipsetConfig;
 use crate::devices::fw_cfg::FwCfg;
+use crate::host::console;
 use crate::host::cpus;
 use crate::host::memory;
 use crate::host::memory::frames::{ALIGN_2M, ALIGN_4K, FrameRange};
@@ -39,7 +40,7 @@ use core::fmt;
 use core::sync::atomic::{AtomicUsize, Ordering};
 use spin::{Mutex, Once};
 use vireo_handoff::BootInfo;
-use vireo_handoff::config::{self, Config, Policy};
+use vireo_handoff::config::{self, Config, Policy, Serial};
 use vireo_handoff::layout::DIRECT_MAP;
 
 /// Why a guest could not start.
@@ -48,6 +49,7 @@ enum StartError {
     NotEnoughMemory { needed: u64, largest_free: u64 },
     NoSuchFile,
     Place(NoPlace),
+    NoSecondSerialPort,
     Tables(OutOfSlot),
     Boot(BootError),
     Ept(EptError),
@@ -67,6 +69,9 @@ impl fmt::Display for StartError {
                 largest_free >> 20
             ),
             Self::Place(error) => error.fmt(f),
+            Self::NoSecondSerialPort => f.write_str(
+                "`serial` in vireo.toml is \"com2\", and the machine has no second serial port",
+            ),
             Self::NoSuchFile => f.write_str("an image that the configuration names was not loaded"),
             Self::Tables(error) => write!(f, "its tables do not fit into its memory: {error:?}"),
             Self::Boot(error) => error.fmt(f),
@@ -92,6 +97,9 @@ const LOOKS_A_SECOND: u64 = 1000;
 
 /// Runs every guest to its end, and says how each ended or why it did not start.
 pub fn run_all(boot: &'static BootInfo, bootstrap: &'static Processor) {
+    if boot.config.vm.iter().any(|vm| vm.serial == Serial::Com2) {
+        console::start_second();
+    }
     let places = placement::place(&boot.config.vm, &processors::numbers());
     for (config, place) in boot.config.vm.iter().zip(places) {
         let (place, refused) = match place {
@@ -481,6 +489,9 @@ impl Loaded {
     /// Takes the guest's memory and fills it.
     fn new(boot_info: &'static BootInfo, registered: &registry::Guest) -> Result<Self, StartError> {
         let config = registered.config();
+        if config.serial == Serial::Com2 && !console::has_second() {
+            return Err(StartError::NoSecondSerialPort);
+        }
         let block = Block(vec![allocate(config.memory, ALIGN_2M)?]);
         let loading = Loading {
             boot_info,

@@ -47,7 +47,7 @@ impl Log for Backend {
     }
 
     fn flush(&self) {
-        console::OPERATOR.flush();
+        console::flush();
     }
 }
 

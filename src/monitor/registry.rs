@@ -156,7 +156,7 @@ impl Running {
 /// Adds a guest of the configuration, which is to run on `processors`.
 pub fn add(config: &'static config::Vm, processors: Vec<&'static Processor>) -> Arc<Guest> {
     let port = Arc::new(ConsolePort::new());
-    let index = console::add(config.name.clone(), Arc::clone(&port));
+    let index = console::add(config, Arc::clone(&port));
     let guest = Arc::new(Guest {
         config,
         console: port,

@@ -14,6 +14,8 @@ pub fn add(suite: &mut Suite) {
     suite.add("console::thousand_rounds", thousand_rounds);
     suite.add("console::dumps", dumps);
     suite.add("console::input_flood", input_flood);
+    suite.add("console::second_port", second_port);
+    suite.add("console::no_second_port", no_second_port);
     suite.add(
         "console::command_in_one_of_several",
         command_in_one_of_several,
@@ -384,5 +386,77 @@ fn input_flood(case: &mut Case) -> Result<()> {
         echoed.collect::<Vec<_>>(),
         lines.iter().map(|line| &**line).collect(),
     );
+    Ok(())
+}
+
+/// Beside those of [`CONFIG`]: it says that it is about to reset, on the second serial port.
+const APART: &str = r#"
+[[vm]]
+name = "apart"
+memory = "64M"
+kernel = "reset"
+cpus = [2]
+serial = "com2"
+"#;
+
+/// A guest has the second serial port for itself.
+fn second_port(case: &mut Case) -> Result<()> {
+    let echo = paths::read(&build::guest("echo")?)?;
+    let reset = paths::read(&build::guest("reset")?)?;
+    let file = case.folder().join("com2");
+    let path = file.display().to_string();
+    let seen = case
+        .machine()
+        .volume(
+            &[CONFIG, APART].concat(),
+            &[("echo", &echo), ("reset", &reset)],
+        )?
+        .options(["--smp", "3", "--com2", &path])
+        .input(Input::Typed(vec![
+            ("vm apart: reset", "\x143"),
+            (
+                "the console of apart is the second serial port",
+                "\x141quit\r",
+            ),
+            ("vm first: powered off", "quit\r"),
+        ]))
+        .limit(180)
+        .run()?;
+    case.check(
+        "the operator's console goes on",
+        seen.output.contains("vm second: powered off"),
+        &seen.output,
+    );
+    // Behind what the firmware says on each of its ports.
+    let sent = String::from_utf8_lossy(&fs::read(&file)?).into_owned();
+    case.check(
+        "what it has sent, and nothing of others",
+        sent.ends_with("hypervisor\r\nabout to reset\r\n"),
+        sent,
+    );
+    Ok(())
+}
+
+/// Where there is none, it is not started, and others are.
+fn no_second_port(case: &mut Case) -> Result<()> {
+    let reset = paths::read(&build::guest("reset")?)?;
+    let config = [
+        APART,
+        &APART.replace("apart", "other").replace("com2", "console"),
+    ]
+    .concat()
+    .replace("cpus = [2]", "");
+    let seen = case
+        .machine()
+        .volume(&config, &[("reset", &reset)])?
+        .limit(120)
+        .run()?;
+    for line in [
+        "vireo: error: vm apart: `serial` in vireo.toml is \"com2\", and the machine has no second serial port",
+        "vireo: vm other: reset",
+    ] {
+        let said = seen.console.lines().any(|said| said.trim_end() == line);
+        case.check(line, said, &seen.console);
+    }
     Ok(())
 }

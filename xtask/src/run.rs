@@ -100,6 +100,9 @@ pub struct Options {
     /// End a machine that takes longer; without a terminal, one is ended that says nothing for 600
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
+    /// What the machine's second serial port is: a terminal's device, or a file for what is sent there; left out, com2.log in the folder where a guest has that port
+    #[arg(long, value_name = "FILE")]
+    com2: Option<PathBuf>,
     /// Bochs: executed instructions that make an emulated second; figures in time need 400000000
     #[arg(long, value_name = "NUMBER", default_value_t = MachineConfig::FUNCTIONAL_IPS)]
     ips: u64,
@@ -223,10 +226,13 @@ pub fn run(options: &Options) -> Result<u8> {
 
     let folder = RunFolder::create(options.folder.as_deref())?;
     progress.stage("disk image");
+    let com2 = options.com2.clone();
+    let com2 = com2.or_else(|| disk.has_com2().then(|| folder.path.join("com2.log")));
     let mut config = MachineConfig {
         cpu_model: options.cpu.clone(),
         ips: options.ips,
         cpus: options.smp.unwrap_or_else(|| disk.cpus()),
+        com2,
         ..MachineConfig::new(&folder.path.join(DISK), &folder.path, disk.memory())
     };
     let fingerprint = disk.fingerprint();
@@ -311,6 +317,14 @@ impl Disk<'_> {
         match self {
             Self::Volume(volume) => volume.cpus(),
             Self::Given(_) => 1,
+        }
+    }
+
+    /// Whether a guest has the second serial port.
+    fn has_com2(&self) -> bool {
+        match self {
+            Self::Volume(volume) => volume.has_com2(),
+            Self::Given(_) => false,
         }
     }
 

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Component, Path, PathBuf};
 use vireo_handoff::Config;
-use vireo_handoff::config::{ApicMode, Module, Policy, Protocol, SLICE_US, Statistics, Vm};
+use vireo_handoff::config::{ApicMode, Module, Policy, Protocol, SLICE_US, Serial, Statistics, Vm};
 use vireo_handoff::image::{self, Kind};
 
 /// The configuration's name on the volume.
@@ -185,6 +185,7 @@ impl Volume {
             apic: single.apic.unwrap_or_default(),
             statistics: single.statistics,
             test_device: single.test_device,
+            serial: Serial::default(),
             on_reboot: Policy::default(),
             on_crash: Policy::default(),
         };
@@ -279,6 +280,11 @@ impl Volume {
     pub fn cpus(&self) -> u32 {
         let named = self.config.vm.iter().flat_map(|vm| &vm.cpus);
         named.max().map_or(1, |last| last.saturating_add(1))
+    }
+
+    /// Whether a guest has the second serial port.
+    pub fn has_com2(&self) -> bool {
+        self.config.vm.iter().any(|vm| vm.serial == Serial::Com2)
     }
 
     /// The guest, where there is just one.

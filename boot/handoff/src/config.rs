@@ -54,6 +54,8 @@ pub struct Vm {
     pub statistics: Statistics,
     /// It has the device that test suites expect.
     pub test_device: bool,
+    /// Where its first serial port leads.
+    pub serial: Serial,
     /// What follows when it resets its machine.
     pub on_reboot: Policy,
     /// What follows when it stops in any other way than by switching off.
@@ -92,6 +94,17 @@ impl fmt::Display for Protocol {
             Self::Pvh => "pvh",
         })
     }
+}
+
+/// Where a guest's first serial port leads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Serial {
+    /// To the operator's console, which all guests share.
+    #[default]
+    Console,
+    /// To the machine's second serial port, which it has for itself.
+    Com2,
 }
 
 /// What follows an end of a guest.
@@ -183,7 +196,7 @@ impl Vm {
 
 #[cfg(feature = "toml")]
 mod read {
-    use super::{ApicMode, Config, Module, Policy, Protocol, SLICE_US, Statistics, Vm};
+    use super::{ApicMode, Config, Module, Policy, Protocol, SLICE_US, Serial, Statistics, Vm};
     use alloc::format;
     use alloc::string::{String, ToString};
     use alloc::vec::Vec;
@@ -267,6 +280,8 @@ mod read {
         statistics: Statistics,
         #[serde(default)]
         test_device: bool,
+        #[serde(default = "console")]
+        serial: Spanned<Serial>,
         #[serde(default)]
         on_reboot: Policy,
         #[serde(default)]
@@ -275,6 +290,10 @@ mod read {
 
     fn one() -> Spanned<u32> {
         Spanned::new(0..0, 1)
+    }
+
+    fn console() -> Spanned<Serial> {
+        Spanned::new(0..0, Serial::Console)
     }
 
     fn shared() -> Spanned<Cpus> {
@@ -434,6 +453,17 @@ mod read {
                         format!("CPU {cpu} is the vm \"{}\"'s; expected others", other.name);
                     return Err(error(vm.cpus.span(), reason));
                 }
+                let serial = *vm.serial.get_ref();
+                let mut others = config.vm.iter();
+                if serial == Serial::Com2
+                    && let Some(other) = others.find(|other| other.serial == serial)
+                {
+                    let reason = format!(
+                        "the second serial port is the vm \"{}\"'s; expected \"console\"",
+                        other.name
+                    );
+                    return Err(error(vm.serial.span(), reason));
+                }
                 let own = |cpu: &&u32| cpus.iter().filter(|other| other == cpu).count() > 1;
                 if let Some(cpu) = cpus.iter().find(own) {
                     let reason = format!("cpus names CPU {cpu} twice; expected different ones");
@@ -456,6 +486,7 @@ mod read {
                     apic: vm.apic,
                     statistics: vm.statistics,
                     test_device: vm.test_device,
+                    serial,
                     on_reboot: vm.on_reboot,
                     on_crash: vm.on_crash,
                 });
@@ -593,6 +624,30 @@ mod read {
             let wrong = parse("on_crash = \"again\"").unwrap_err().to_string();
             assert!(
                 wrong.starts_with("vireo.toml:5:12: unknown variant `again`"),
+                "{wrong}"
+            );
+        }
+
+        #[test]
+        fn the_second_serial_port_has_one_owner() {
+            let other = GOOD.replace("\"a\"", "\"b\"");
+            let both = |first, second| {
+                let text = alloc::format!("{GOOD}serial = {first}\n{other}serial = {second}\n");
+                Config::parse("vireo.toml", &text)
+            };
+            let config = both("\"com2\"", "\"console\"").unwrap();
+            assert_eq!(
+                (config.vm[0].serial, config.vm[1].serial),
+                (Serial::Com2, Serial::Console)
+            );
+            let wrong = both("\"com2\"", "\"com2\"").unwrap_err().to_string();
+            assert_eq!(
+                wrong,
+                "vireo.toml:10:10: the second serial port is the vm \"a\"'s; expected \"console\""
+            );
+            let wrong = both("\"com3\"", "\"console\"").unwrap_err().to_string();
+            assert!(
+                wrong.starts_with("vireo.toml:5:10: unknown variant `com3`"),
                 "{wrong}"
             );
         }

@@ -26,10 +26,13 @@ use commands::{Action, Cpu, Guest, Machine, Memory, Prompt};
 use multiplexer::{Line, Multiplexer};
 use spin::{Mutex, Once};
 use vireo_handoff::BootInfo;
+use vireo_handoff::config::{self, Serial};
 
 pub use text::Text;
 
 static MULTIPLEXER: Mutex<Multiplexer> = Mutex::new(Multiplexer::new());
+/// Of the second serial port, which one guest has for itself.
+static SECOND: Mutex<Multiplexer> = Mutex::new(Multiplexer::raw());
 /// The firmware's list of CPUs, by their local APICs' identifiers.
 static CPUS: Once<Vec<u32>> = Once::new();
 
@@ -45,12 +48,21 @@ pub fn start(boot: &BootInfo) {
 }
 
 fn serve() {
-    with(|multiplexer| multiplexer.serve(&mut HostLine, &Prompt(&ThisMachine)));
+    let commands = Prompt(&ThisMachine);
+    with(|multiplexer| multiplexer.serve(&mut HostLine(&console::OPERATOR), &commands));
+    if console::has_second() {
+        with_second(|second| second.serve(&mut HostLine(&console::SECOND), &commands));
+    }
+}
+
+/// As [`with`]. Never inside that one.
+fn with_second<R>(f: impl FnOnce(&mut Multiplexer) -> R) -> R {
+    without_interrupts(|| f(&mut SECOND.lock()))
 }
 
 /// Shows a line of the log, without its end; false where there is no room for all of it.
 pub fn log(message: &str) -> bool {
-    with(|multiplexer| multiplexer.log(message, &mut HostLine))
+    with(|multiplexer| multiplexer.log(message, &mut HostLine(&console::OPERATOR)))
 }
 
 /// Something has happened that the prompt may wait for.
@@ -59,8 +71,19 @@ pub fn attend() {
 }
 
 /// A guest's console is to have a number: its index, one less than that.
-pub fn add(name: String, port: Arc<ConsolePort>) -> usize {
-    with(|multiplexer| multiplexer.add(name, port))
+pub fn add(config: &config::Vm, port: Arc<ConsolePort>) -> usize {
+    let name = config.name.clone();
+    match config.serial {
+        Serial::Console => with(|multiplexer| multiplexer.add(name, Some(port))),
+        Serial::Com2 => {
+            with_second(|second| {
+                second.add(name.clone(), Some(port));
+                // For good: there is nobody else.
+                second.started(0);
+            });
+            with(|multiplexer| multiplexer.add(name, None))
+        }
+    }
 }
 
 /// The guest with this index starts.
@@ -79,43 +102,43 @@ pub fn ended(index: usize) {
 pub fn flush() {
     loop {
         serve();
-        console::OPERATOR.flush();
+        console::flush();
         if with(|multiplexer| multiplexer.is_said()) {
             return;
         }
     }
 }
 
-/// The serial port.
-struct HostLine;
+/// A serial port.
+struct HostLine(&'static console::Line);
 
 impl Line for HostLine {
     fn read(&mut self) -> Option<u8> {
-        console::OPERATOR.read()
+        self.0.read()
     }
 
     fn queued(&self) -> usize {
-        console::OPERATOR.queued()
+        self.0.queued()
     }
 
     fn space(&self) -> usize {
-        console::OPERATOR.write_space()
+        self.0.write_space()
     }
 
     fn write(&mut self, bytes: &[u8]) {
-        console::OPERATOR.write(bytes.iter().copied());
+        self.0.write(bytes.iter().copied());
     }
 
     fn is_busy(&self) -> bool {
-        console::OPERATOR.is_draining()
+        self.0.is_draining()
     }
 
     fn hold(&mut self, on: bool) {
-        console::OPERATOR.hold(on);
+        self.0.hold(on);
     }
 
     fn take_break(&mut self) -> bool {
-        console::OPERATOR.take_break()
+        self.0.take_break()
     }
 }
 

@@ -78,7 +78,8 @@ pub enum Focus {
 
 struct Guest {
     name: String,
-    port: Arc<ConsolePort>,
+    /// None where that is on another line.
+    port: Option<Arc<ConsolePort>>,
     runs: bool,
 }
 
@@ -87,6 +88,8 @@ struct Guest {
 pub struct Multiplexer {
     guests: Vec<Guest>,
     focus: Focus,
+    /// The line is a guest's: no key is ours.
+    raw: bool,
     /// The last byte was [`ESCAPE`].
     escaped: bool,
     editor: Editor,
@@ -103,6 +106,7 @@ impl Multiplexer {
         Self {
             guests: Vec::new(),
             focus: Focus::Nobody,
+            raw: false,
             escaped: false,
             editor: Editor::new(),
             waits: None,
@@ -111,8 +115,15 @@ impl Multiplexer {
         }
     }
 
-    /// Adds the console of a guest. Its index; the operator's number is one more.
-    pub fn add(&mut self, name: String, port: Arc<ConsolePort>) -> usize {
+    /// For the line of one guest, whom all bytes are for.
+    pub const fn raw() -> Self {
+        let mut new = Self::new();
+        new.raw = true;
+        new
+    }
+
+    /// Adds the console of a guest, or its number where that is on another line. Its index; the operator's number is one more.
+    pub fn add(&mut self, name: String, port: Option<Arc<ConsolePort>>) -> usize {
         let runs = false;
         self.guests.push(Guest { name, port, runs });
         self.guests.len() - 1
@@ -124,11 +135,12 @@ impl Multiplexer {
         if let Some(guest) = self.guests.get_mut(index) {
             guest.runs = true;
         }
-        let is_free = match self.focus {
-            Focus::Nobody => true,
-            Focus::Prompt => false,
-            Focus::Guest(other) => !self.guests[other].runs,
-        };
+        let is_free = self.port(index).is_some()
+            && match self.focus {
+                Focus::Nobody => true,
+                Focus::Prompt => false,
+                Focus::Guest(other) => !self.guests[other].runs,
+            };
         if is_free && self.guests.len() > 1 {
             self.switch(Focus::Guest(index));
         } else if is_free {
@@ -151,7 +163,7 @@ impl Multiplexer {
     /// Moves what can be moved. Bounded: by what was typed, what the line takes, and what
     /// the commands say, of which `ENOUGH_TEXT` holds back the next.
     pub fn serve(&mut self, line: &mut impl Line, commands: &impl Commands) {
-        if line.take_break() {
+        if line.take_break() && !self.raw {
             self.escaped = false;
             self.switch(Focus::Prompt);
         }
@@ -170,7 +182,7 @@ impl Multiplexer {
             self.typed(byte, commands);
         }
         line.hold(match self.focus {
-            Focus::Guest(index) => self.guests[index].port.holds(),
+            Focus::Guest(index) => self.port(index).is_some_and(|port| port.holds()),
             _ => false,
         });
         self.fill(line);
@@ -227,7 +239,7 @@ impl Multiplexer {
             return self.command_key(byte);
         }
         match self.focus {
-            _ if byte == ESCAPE => self.escaped = true,
+            _ if byte == ESCAPE && !self.raw => self.escaped = true,
             Focus::Nobody => {}
             Focus::Prompt if self.waits.is_some() && byte == CANCEL => {
                 self.waits = None;
@@ -245,7 +257,7 @@ impl Multiplexer {
             }
             // Where nobody waits because of `Line::hold`, this is lost, as with a UART.
             Focus::Guest(index) => {
-                self.guests[index].port.type_in(byte);
+                self.port(index).map(|port| port.type_in(byte));
             }
         }
     }
@@ -255,10 +267,15 @@ impl Multiplexer {
             (b'1'..=b'9', _) => {
                 let number = key - b'0';
                 let index = usize::from(number - 1);
-                if index < self.guests.len() {
-                    self.switch(Focus::Guest(index));
-                } else {
-                    self.say(format_args!("there is no guest {number}"));
+                match self.guests.get(index) {
+                    Some(Guest { port: Some(_), .. }) => self.switch(Focus::Guest(index)),
+                    Some(Guest { name, .. }) => {
+                        let name = name.clone();
+                        self.say(format_args!(
+                            "the console of {name} is the second serial port"
+                        ));
+                    }
+                    None => self.say(format_args!("there is no guest {number}")),
                 }
             }
             (b'n' | b'N', _) => match self.next() {
@@ -267,7 +284,7 @@ impl Multiplexer {
             },
             (b'p' | b'P' | b'0', _) => self.switch(Focus::Prompt),
             (ESCAPE, Focus::Guest(index)) => {
-                self.guests[index].port.type_in(ESCAPE);
+                self.port(index).map(|port| port.type_in(ESCAPE));
             }
             _ => self.say(format_args!(
                 "behind Ctrl-T: 1 to 9 or n (a guest's console), p or 0 (the prompt), Ctrl-T"
@@ -286,13 +303,20 @@ impl Multiplexer {
             .cycle()
             .skip(first)
             .take(all.len())
-            .find(|index| self.guests[*index].runs)
+            .find(|index| self.guests[*index].runs && self.port(*index).is_some())
+    }
+
+    /// The console of a guest that has it here.
+    fn port(&self, index: usize) -> Option<&ConsolePort> {
+        self.guests.get(index)?.port.as_deref()
     }
 
     fn focus_on(&mut self, focus: Focus) {
         for (to, on) in [(self.focus, false), (focus, true)] {
-            if let Focus::Guest(index) = to {
-                self.guests[index].port.show(on);
+            if let Focus::Guest(index) = to
+                && let Some(port) = self.port(index)
+            {
+                port.show(on);
             }
         }
         self.focus = focus;
@@ -332,7 +356,8 @@ impl Multiplexer {
                 return;
             };
             // The guest may have sent more in between, and left it to a line that was busy.
-            if !self.guests[index].port.settle(line.is_busy()) {
+            let busy = line.is_busy();
+            if !self.port(index).is_some_and(|port| port.settle(busy)) {
                 return;
             }
         }
@@ -354,7 +379,9 @@ impl Multiplexer {
             }
             if let Focus::Guest(index) = self.focus {
                 let room = room - bytes.len();
-                self.guests[index].port.take(room, |byte| bytes.push(byte));
+                if let Some(port) = self.port(index) {
+                    port.take(room, |byte| bytes.push(byte));
+                }
             }
             if !bytes.is_empty() {
                 line.write(&bytes);

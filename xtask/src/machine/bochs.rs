@@ -1,6 +1,6 @@
 //! Bochs, which has VT-x without any hardware for it.
 
-use super::{Emulator, Machine, MachineConfig, Platform, last_words};
+use super::{Emulator, Machine, MachineConfig, Platform, is_device, last_words};
 use crate::image::{CYLINDER, HEADS, SECTORS};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs;
@@ -93,6 +93,10 @@ impl Bochs {
         if let Some(second) = &config.second_disk {
             disks += &disk("slave", second)?;
         }
+        let com2 = config.com2.as_ref().map_or_else(String::new, |path| {
+            let mode = if is_device(path) { "term" } else { "file" };
+            format!("com2: enabled=1, mode={mode}, dev={}\n", path.display())
+        });
         let model = config.cpu_model.as_deref().unwrap_or(CPU_MODEL);
         // `ignore_bad_msrs=1`: the firmware reads MSRs that this CPU lacks.
         // `extension=none`: the firmware keeps to the serial console.
@@ -106,6 +110,7 @@ impl Bochs {
              vga: extension=none\n\
              {disks}\
              com1: enabled=1, mode=socket-client, dev=127.0.0.1:{port}\n\
+             {com2}\
              display_library: {display}\n\
              log: bochs.log\n\
              panic: action=fatal\n\

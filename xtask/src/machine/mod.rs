@@ -20,6 +20,7 @@ use nix::unistd::Pid;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -70,11 +71,18 @@ impl Emulator {
     }
 }
 
+/// Whether `path` is a device, such as a terminal.
+fn is_device(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|file| file.file_type().is_char_device())
+}
+
 /// What kind of machine is wanted.
 #[derive(Clone, Debug)]
 pub struct MachineConfig {
     /// The disk image to boot.
     pub disk: PathBuf,
+    /// What the second serial port is: a terminal's device, or a file for what is sent.
+    pub com2: Option<PathBuf>,
     /// Bochs only: another disk, for a system that does not boot from it.
     pub second_disk: Option<PathBuf>,
     /// An existing folder for what the emulator writes: configuration and log.
@@ -98,6 +106,7 @@ impl MachineConfig {
     pub fn new(disk: &Path, folder: &Path, guests: u64) -> Self {
         Self {
             disk: disk.to_owned(),
+            com2: None,
             second_disk: None,
             folder: folder.to_owned(),
             memory_mib: memory_for(guests),

@@ -1,7 +1,7 @@
 //! QEMU: with KVM where that offers VMX to its guests, else its own emulator,
 //! which has no VT-x at all and so shows what the hypervisor says then.
 
-use super::{Emulator, Machine, MachineConfig, Platform, last_words};
+use super::{Emulator, Machine, MachineConfig, Platform, is_device, last_words};
 use anyhow::Result;
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -98,6 +98,12 @@ impl Qemu {
                 "-serial",
                 "chardev:com1",
             ])
+            .args(config.com2.iter().flat_map(|path| {
+                let kind = if is_device(path) { "serial" } else { "file" };
+                let path = path.display().to_string().replace(',', ",,");
+                let device = format!("{kind},id=com2,path={path}");
+                ["-chardev", &device, "-serial", "chardev:com2"].map(str::to_owned)
+            }))
             .args([
                 "-display",
                 "none",

@@ -155,6 +155,7 @@ impl Platform for Rig {
         image::write(&disk, &[Entry { path, contents }])?;
         self.bochs.start(&MachineConfig {
             disk,
+            com2: None,
             second_disk: Some(config.disk.clone()),
             folder: config.folder.clone(),
             memory_mib: config.memory_mib + OWN_MEMORY,

@@ -76,7 +76,8 @@ impl Desk {
         let mut desk = Self::default();
         for name in names {
             let port = Arc::new(ConsolePort::new());
-            desk.multiplexer.add((*name).into(), Arc::clone(&port));
+            desk.multiplexer
+                .add((*name).into(), Some(Arc::clone(&port)));
             desk.ports.push(port);
         }
         desk
@@ -242,6 +243,42 @@ fn a_line_with_flow_control_loses_nothing() {
     desk.serve();
     assert_eq!(desk.multiplexer.focus, Focus::Prompt);
     assert!(!desk.wire.held);
+}
+
+#[test]
+fn a_guest_has_a_line_for_itself() {
+    let mut desk = Desk {
+        multiplexer: Multiplexer::raw(),
+        ..Desk::default()
+    };
+    let port = Arc::new(ConsolePort::new());
+    desk.multiplexer.add("a".into(), Some(Arc::clone(&port)));
+    desk.ports.push(port);
+    desk.multiplexer.started(0);
+    desk.wire.has_break = true;
+    desk.type_in(b"\x14p\x141");
+    assert_eq!(desk.read(0), b"\x14p\x141");
+    desk.send(0, b"\x14out");
+    assert_eq!(desk.shown(), "\x14out");
+}
+
+#[test]
+fn a_guest_with_another_line_has_a_number_only() {
+    let mut desk = Desk::with(&["a"]);
+    desk.multiplexer.add("elsewhere".into(), None);
+    desk.multiplexer.started(1);
+    assert_eq!(desk.multiplexer.focus, Focus::Nobody);
+    desk.multiplexer.started(0);
+    desk.serve();
+    desk.shown();
+    desk.type_in(b"\x142");
+    assert_eq!(
+        desk.shown(),
+        "\r\nvireo: the console of elsewhere is the second serial port\r\n"
+    );
+    desk.multiplexer.ended(0);
+    desk.type_in(b"\x14n");
+    assert_eq!(desk.shown(), "\r\nvireo: no guest runs\r\n");
 }
 
 #[test]
