@@ -15,8 +15,10 @@
 //! `current`: both in one order for all (`SeqCst`), so that one of them sees the other.
 
 use crate::devices::local_apic::Address;
+#[cfg(not(loom))]
 use crate::host::local_apic::{self, Command, Target};
 use crate::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use crate::sync::one_order;
 use bitflags::bitflags;
 use core::ptr;
 
@@ -64,6 +66,9 @@ pub struct Place {
     /// A vCPU whose turn it is not has something to look at, or a new one has come. No memory is read because of
     /// it but the mailboxes, which have an order of their own: relaxed.
     look: AtomicBool,
+    /// Stands for an interrupt that the CPU has not taken yet.
+    #[cfg(loom)]
+    kicked: AtomicBool,
 }
 
 impl Place {
@@ -74,6 +79,8 @@ impl Place {
             apic_id,
             current: AtomicPtr::new(ptr::null_mut()),
             look: AtomicBool::new(false),
+            #[cfg(loom)]
+            kicked: AtomicBool::new(false),
         }
     }
 
@@ -82,12 +89,26 @@ impl Place {
         let current = mailbox.map_or(ptr::null_mut(), |own| ptr::from_ref(own).cast_mut());
         // SeqCst: before the flags of any mailbox are read; see the module.
         self.current.store(current, Ordering::SeqCst);
+        one_order();
     }
 
     /// Makes whatever the CPU does give way to its scheduler.
     pub fn tell(&self) {
         self.look.store(true, Ordering::Relaxed);
-        local_apic::kick(self.apic_id);
+        self.interrupt(false);
+    }
+
+    /// Interrupts the CPU, by NMI or by an interrupt of its own: what it does next is behind all
+    /// that was stored before.
+    fn interrupt(&self, by_nmi: bool) {
+        #[cfg(loom)]
+        self.kicked.store(true, Ordering::SeqCst);
+        #[cfg(not(loom))]
+        if by_nmi {
+            local_apic::send(Command::nmi(Target::Cpu(self.apic_id)));
+        } else {
+            local_apic::kick(self.apic_id);
+        }
     }
 
     /// Whether the scheduler has something to look at.
@@ -150,13 +171,12 @@ impl Mailbox {
             // Whoever set the first flag has told, or is about to; nothing was taken since.
             return;
         }
+        one_order();
         let own = ptr::from_ref(self).cast_mut();
-        if self.place.current.load(Ordering::SeqCst) != own {
-            self.place.tell();
-        } else if self.by_nmi.load(Ordering::Relaxed) {
-            local_apic::send(Command::nmi(Target::Cpu(self.place.apic_id)));
+        if self.place.current.load(Ordering::SeqCst) == own {
+            self.place.interrupt(self.by_nmi.load(Ordering::Relaxed));
         } else {
-            local_apic::kick(self.place.apic_id);
+            self.place.tell();
         }
     }
 
@@ -273,5 +293,81 @@ mod tests {
         mailbox.take_vectors(|vector, level| taken.push((vector, level)));
         assert_eq!(taken, [(16, false), (64, false), (255, true)]);
         mailbox.take_vectors(|vector, _| panic!("{vector} came twice"));
+    }
+}
+
+/// All orders that the memory model allows, of what senders and a CPU do.
+#[cfg(all(test, loom))]
+mod models {
+    use super::*;
+    use loom::thread;
+    use std::boxed::Box;
+
+    const SENT: [Events; 2] = [Events::NMI, Events::CONSOLE];
+
+    fn mailbox() -> &'static Mailbox {
+        let place = Box::leak(Box::new(Place::new(0, 0)));
+        Box::leak(Box::new(Mailbox::new(place, 0)))
+    }
+
+    /// `senders` post while the CPU does `before`, and then waits, if there is no mail.
+    fn nothing_is_overlooked(senders: usize, before: fn(&Mailbox)) {
+        loom::model(move || {
+            let mailbox = mailbox();
+            let place = mailbox.place();
+            let senders: Vec<_> = SENT[..senders]
+                .iter()
+                .map(|&event| thread::spawn(move || mailbox.post(event)))
+                .collect();
+            before(mailbox);
+            place.set_current(None);
+            let waits = !mailbox.has_mail();
+            for sender in senders {
+                sender.join().unwrap();
+            }
+            if waits && mailbox.has_mail() {
+                assert!(place.kicked.load(Ordering::SeqCst), "the CPU sleeps on");
+                assert!(place.take_news(), "and if it wakes, it does not look");
+            }
+        });
+    }
+
+    #[test]
+    fn a_waiting_cpu_is_woken() {
+        nothing_is_overlooked(2, |_| {});
+    }
+
+    /// Mail that comes while the vCPU runs is seen in its turn, or at its end.
+    #[test]
+    fn the_end_of_a_turn_overlooks_nothing() {
+        nothing_is_overlooked(1, |mailbox| {
+            let place = mailbox.place();
+            place.set_current(Some(mailbox));
+            if place.kicked.swap(false, Ordering::SeqCst) {
+                mailbox.take(Events::LIGHT);
+            }
+        });
+    }
+
+    /// What a flag is about is there when the flag is taken.
+    #[test]
+    fn vectors_come_with_their_flag() {
+        loom::model(|| {
+            let mailbox = mailbox();
+            let sender = thread::spawn(move || {
+                mailbox.request(0x40, false);
+                mailbox.start_up(7);
+            });
+            let taken = mailbox.take(Events::all());
+            let mut vectors = Vec::new();
+            mailbox.take_vectors(|vector, _| vectors.push(vector));
+            if taken.contains(Events::INTERRUPTS) {
+                assert_eq!(vectors, [0x40]);
+            }
+            if taken.contains(Events::START_UP) {
+                assert_eq!(mailbox.start_up_page(), 7);
+            }
+            sender.join().unwrap();
+        });
     }
 }

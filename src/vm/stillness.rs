@@ -51,3 +51,43 @@ mod tests {
         assert!(!still.add(2, wakes), "one has been awake meanwhile");
     }
 }
+
+/// All orders that the memory model allows.
+#[cfg(all(test, loom))]
+mod models {
+    use super::*;
+    use crate::sync::atomic::AtomicBool;
+    use loom::thread;
+    use std::sync::Arc;
+
+    /// One vCPU sends the other an NMI and is deaf then; that one is deaf, and looks at its
+    /// mail. Nobody says that all is still before the NMI has been taken.
+    #[test]
+    fn mail_under_way_is_no_stillness() {
+        loom::model(|| {
+            let shared = Arc::new((
+                Stillness::default(),
+                AtomicBool::new(false),
+                AtomicBool::new(false),
+            ));
+            let other = Arc::clone(&shared);
+            let sender = thread::spawn(move || {
+                let (still, mail, taken) = &*other;
+                mail.store(true, Ordering::SeqCst);
+                if still.add(2, || mail.load(Ordering::SeqCst)) {
+                    assert!(taken.load(Ordering::SeqCst));
+                }
+            });
+            let (still, mail, taken) = &*shared;
+            let is_still = still.add(2, || mail.load(Ordering::SeqCst));
+            assert!(!is_still, "the sender is deaf when it has sent");
+            if mail.load(Ordering::SeqCst) {
+                still.remove();
+                mail.store(false, Ordering::SeqCst);
+                taken.store(true, Ordering::SeqCst);
+                still.add(2, || mail.load(Ordering::SeqCst));
+            }
+            sender.join().unwrap();
+        });
+    }
+}

@@ -13,16 +13,37 @@ pub struct Units {
     pub passed: bool,
 }
 
-/// Runs those whose name contains `filter`, and shows what they print.
+/// Runs those whose name contains `filter`, and the models of what is lock-free, and shows what
+/// they print.
 ///
 /// # Errors
 /// When cargo does not start.
 pub fn run(filter: Option<&str>) -> Result<Units> {
+    let mut units = cargo(|command| command.args(filter))?;
+    // Another configuration, which has a folder of its own. A module of that name has the models.
+    if filter.is_none_or(|filter| "models".contains(filter)) {
+        let folder = paths::target().join("loom");
+        let models = cargo(|command| {
+            command
+                .env("RUSTFLAGS", "--cfg loom")
+                .arg("--target-dir")
+                .arg(folder)
+                .args(["--lib", "models"])
+        })?;
+        units.records.extend(models.records);
+        units.passed &= models.passed;
+    }
+    Ok(units)
+}
+
+/// Runs `cargo test` with what `more` adds.
+fn cargo(more: impl FnOnce(&mut Command) -> &mut Command) -> Result<Units> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut child = Command::new(cargo)
+    let mut command = Command::new(cargo);
+    command
         .current_dir(paths::root())
-        .args(["test", "--locked", "--no-fail-fast"])
-        .args(filter)
+        .args(["test", "--locked", "--no-fail-fast"]);
+    let mut child = more(&mut command)
         .stdout(Stdio::piped())
         .spawn()
         .context("cannot start cargo")?;
