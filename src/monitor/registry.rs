@@ -68,7 +68,8 @@ enum Life {
 struct Past {
     tier: ApicTier,
     exits: Exits,
-    trace: Vec<Traced>,
+    /// Of each vCPU.
+    traces: Vec<Vec<Traced>>,
 }
 
 /// What a guest's CPU is to do.
@@ -142,14 +143,13 @@ impl Running {
         Some(Past {
             tier: self.tier?,
             exits: self.exits(),
-            trace: self.trace(),
+            traces: self.traces(),
         })
     }
 
-    /// One vCPU after the other.
-    fn trace(&self) -> Vec<Traced> {
-        let traces = self.statistics.iter().map(Statistics::trace);
-        traces.flatten().collect()
+    /// Of each vCPU.
+    fn traces(&self) -> Vec<Vec<Traced>> {
+        self.statistics.iter().map(Statistics::trace).collect()
     }
 }
 
@@ -481,11 +481,11 @@ impl Guest {
         Ok(shown)
     }
 
-    /// Its last exits, the oldest first; until it has started, none.
-    pub fn trace(&self) -> Vec<Traced> {
+    /// The last exits of each of its vCPUs that are there, the oldest first.
+    pub fn traces(&self) -> Vec<Vec<Traced>> {
         self.with(|life| match life {
-            Life::Running(running) => running.trace(),
-            Life::Ended { was: Some(was), .. } => was.trace.clone(),
+            Life::Running(running) => running.traces(),
+            Life::Ended { was: Some(was), .. } => was.traces.clone(),
             _ => Vec::new(),
         })
     }

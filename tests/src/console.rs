@@ -240,8 +240,10 @@ kernel = "spin"
 cpus = [1]
 "#;
 
-const DUMPS: [(&str, &str); 6] = [
-    ("round 1 ", "\x14pdump spins\r"),
+const DUMPS: [(&str, &str); 8] = [
+    ("vm halts: started", "\x141"),
+    ("console 1: halts", ""),
+    ("round 1", "\x14pdump spins\r"),
     ("VMCS, host:", "dump halts\r"),
     ("VMCS, host:", "vm spins pause\rdump spins\r"),
     ("VMCS, host:", "vm spins destroy\rdump spins\r"),

@@ -20,8 +20,8 @@ pub trait Machine {
     fn ticks_per_second(&self) -> u64;
     /// The time-stamp counter.
     fn now(&self) -> u64;
-    /// The last VM exits of the guest with this index, the oldest first.
-    fn trace(&self, guest: usize) -> Vec<Traced>;
+    /// The last VM exits of each vCPU of the guest with this index, the oldest first.
+    fn traces(&self, guest: usize) -> Vec<Vec<Traced>>;
     /// The log's lines, as far as they are still there.
     fn log(&self) -> String;
     /// Has the guest with this index do that.
@@ -169,7 +169,7 @@ const COMMANDS: [Command; 9] = [
     Command {
         name: "trace",
         arguments: "NAME [COUNT]",
-        help: "the last VM exits, 32 or COUNT of them",
+        help: "the last VM exits, 32 or COUNT of each vCPU",
         run: trace,
     },
     Command {
@@ -443,17 +443,29 @@ fn trace(
         [name, count] => (name, count.parse().map_err(|_| wrong())?),
         _ => return Err(wrong()),
     };
-    let exits = machine.trace(index_of(machine, name)?);
-    let (now, hz) = (machine.now(), machine.ticks_per_second());
-    let shown = &exits[exits.len().saturating_sub(count)..];
-    if shown.is_empty() {
+    let traces = machine.traces(index_of(machine, name)?);
+    let clock = (machine.now(), machine.ticks_per_second());
+    if traces.iter().all(Vec::is_empty) {
         return at_once(writeln!(out, "{name} has not exited"));
     }
+    for (exits, vcpu) in traces.iter().zip(0..) {
+        if traces.len() > 1 {
+            writeln!(out, "vCPU {vcpu}:")?;
+        }
+        let shown = &exits[exits.len().saturating_sub(count)..];
+        last_exits(shown, clock, out)?;
+    }
+    Ok(None)
+}
+
+/// A table of `exits`, where `clock` is the time-stamp counter and its ticks a second.
+fn last_exits(exits: &[Traced], clock: (u64, u64), out: &mut Text) -> fmt::Result {
+    let (now, hz) = clock;
     writeln!(
         out,
         "exit  reason                 us ago  RIP                 qualification"
     )?;
-    for (exit, back) in shown.iter().zip((0..shown.len()).rev()) {
+    for (exit, back) in exits.iter().zip((0..exits.len()).rev()) {
         let reason = exit_reason::name(exit.reason);
         match exit.place {
             None => writeln!(out, "{:4}  {reason}", -(back as i64))?,
@@ -467,7 +479,7 @@ fn trace(
             )?,
         }
     }
-    Ok(None)
+    Ok(())
 }
 
 fn dump(
@@ -576,7 +588,7 @@ mod tests {
             5000
         }
 
-        fn trace(&self, guest: usize) -> Vec<Traced> {
+        fn traces(&self, guest: usize) -> Vec<Vec<Traced>> {
             let place = Place {
                 rip: 0xffff_ffff_8100_0000,
                 qualification: 0x3f8_0001,
@@ -584,7 +596,11 @@ mod tests {
             };
             let exit = |reason, place| Traced { reason, place };
             let all = [exit(10, None), exit(30, Some(place)), exit(52, None)];
-            all.into_iter().filter(|_| guest == 0).collect()
+            let all = all.to_vec();
+            match guest {
+                0 => vec![all],
+                _ => vec![],
+            }
         }
 
         fn log(&self) -> String {

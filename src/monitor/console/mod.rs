@@ -188,11 +188,11 @@ impl Machine for ThisMachine {
         guests.get(guest).ok_or("it is gone")?.steer(action)
     }
 
-    fn trace(&self, guest: usize) -> Vec<Traced> {
+    fn traces(&self, guest: usize) -> Vec<Vec<Traced>> {
         let guests = registry::all();
         guests
             .get(guest)
-            .map_or_else(Vec::new, |guest| guest.trace())
+            .map_or_else(Vec::new, |guest| guest.traces())
     }
 
     fn ask_for_dump(&self, guest: usize) -> Result<(), &'static str> {
