@@ -161,3 +161,20 @@ pub fn set_cr2(address: u64) {
         core::arch::asm!("mov cr2, {}", in(reg) address, options(nomem, nostack, preserves_flags))
     };
 }
+
+/// Quotient and remainder of `high` above `low`; `None` by 0, or where the quotient has
+/// more than 64 bits. (The compiler's division of 128 bits is a call into a library that the
+/// kernel is not linked with.)
+#[inline]
+pub fn divide(high: u64, low: u64, divisor: u64) -> Option<(u64, u64)> {
+    if high >= divisor {
+        return None;
+    }
+    let (quotient, remainder);
+    // SAFETY: the divisor is larger than the upper half, so that the quotient fits.
+    unsafe {
+        asm!("div {}", in(reg) divisor, inout("rax") low => quotient,
+            inout("rdx") high => remainder, options(nomem, nostack, pure));
+    }
+    Some((quotient, remainder))
+}

@@ -8,3 +8,4 @@ pub mod cpu;
 pub mod msr;
 pub mod port;
 pub mod registers;
+pub mod vector;

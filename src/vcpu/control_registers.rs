@@ -112,15 +112,16 @@ impl Vcpu {
                 let value = self.cr0() & !CR0_TS;
                 self.write_cr0(value)?;
             }
-            ControlRegisterAccess::Lmsw(word) => {
-                // LMSW changes the low four bits and cannot clear PE (SDM 2, LMSW).
-                let old = self.cr0();
-                let value = old & !0xe | u64::from(word) & 0xf | old & CR0_PE;
-                self.write_cr0(value)?;
-            }
+            ControlRegisterAccess::Lmsw(word) => self.load_msw(word)?,
         }
         self.skip_instruction();
         Ok(())
+    }
+
+    /// LMSW, which changes the low four bits and cannot clear PE (SDM 2, LMSW).
+    pub(super) fn load_msw(&mut self, word: u16) -> Result<(), Exception> {
+        let old = self.cr0();
+        self.write_cr0(old & !0xe | u64::from(word) & 0xf | old & CR0_PE)
     }
 
     /// A general register, RSP included.
@@ -168,6 +169,9 @@ impl Vcpu {
             .write(guest::CR0, value & !(CR0_CD | CR0_NW) | CR0_NE);
         self.vmcs.write(control::CR0_SHADOW, value);
         self.load_pdptes();
+        if (value ^ old) & (CR0_PG | CR0_PE) != 0 {
+            self.known.clear();
+        }
         if (value ^ old) & (CR0_PG | CR0_PE | CR0_WP) != 0 {
             self.flush_tlb();
         }
@@ -208,7 +212,6 @@ impl Vcpu {
 
     fn set_long_mode(&mut self, on: bool, efer: u64) {
         let entry = self.vmx.controls.entry;
-        self.moves.clear();
         if on {
             self.vmcs.write(guest::EFER, efer | EFER_LMA);
             self.vmcs.write(
@@ -235,6 +238,9 @@ impl Vcpu {
         self.vmcs
             .write(guest::CR4, value | cr4_required(&self.vmx.capabilities));
         self.vmcs.write(control::CR4_SHADOW, value);
+        if (value ^ old) & (CR4_PSE | CR4_PAE | CR4_LA57) != 0 {
+            self.known.clear();
+        }
         if (value ^ old) & CR4_OSXSAVE != 0 {
             self.cpuid.set_osxsave(value & CR4_OSXSAVE != 0);
         }

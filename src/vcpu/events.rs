@@ -5,21 +5,9 @@ use super::{Attention, Vcpu};
 use crate::devices::chipset::Chipset;
 use crate::vmx::exit::InterruptionInfo;
 use crate::vmx::vmcs::{control, guest, information};
-use core::fmt;
 use x86::vmx::vmcs::control::PrimaryControls;
 
-/// A fault that the hypervisor raises in the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Exception {
-    InvalidOpcode,
-    /// With error code 0.
-    GeneralProtection,
-    /// With this error code and CR2.
-    PageFault {
-        error_code: u32,
-        address: u64,
-    },
-}
+pub use super::fault::Exception;
 
 /// A fault that was raised, and by which instruction: where a guest stops for it,
 /// that is what the operator wants to know.
@@ -29,16 +17,6 @@ pub struct Raised {
     /// The basic exit reason of the instruction.
     pub reason: u16,
     pub rip: u64,
-}
-
-impl fmt::Display for Exception {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::InvalidOpcode => "#UD",
-            Self::GeneralProtection => "#GP",
-            Self::PageFault { .. } => "#PF",
-        })
-    }
 }
 
 /// Events that wait for the next entry.
@@ -290,23 +268,13 @@ impl Vcpu {
         // injection pushes what is there (SDM 3, 18.3.1.1 and 27.6.1.1).
         let rflags = self.vmcs.read(guest::RFLAGS);
         self.vmcs.write(guest::RFLAGS, rflags | RFLAGS_RF);
-        match exception {
-            Exception::InvalidOpcode => {
-                self.inject_event(InterruptionInfo::exception(6, false), 0);
-            }
-            Exception::GeneralProtection => {
-                // Real mode pushes no error code (SDM 3, 27.2.1.3).
-                let protected = self.cr0() & 1 != 0;
-                self.inject_event(InterruptionInfo::exception(13, protected), 0);
-            }
-            Exception::PageFault {
-                error_code,
-                address,
-            } => {
-                crate::arch::cpu::set_cr2(address);
-                self.inject_event(InterruptionInfo::exception(14, true), error_code);
-            }
+        if let Exception::PageFault { address, .. } = exception {
+            crate::arch::cpu::set_cr2(address);
         }
+        // Real mode pushes no error code (SDM 3, 27.2.1.3).
+        let error_code = exception.error_code().filter(|_| self.cr0() & 1 != 0);
+        let info = InterruptionInfo::exception(exception.vector(), error_code.is_some());
+        self.inject_event(info, error_code.unwrap_or(0));
     }
 
     fn inject_event(&mut self, info: InterruptionInfo, error: u32) {
@@ -354,10 +322,18 @@ impl Vcpu {
         // Where EIP wraps the entry fails: see `wrap_instruction_pointer`.
         self.vmcs
             .write(guest::RIP, rip.wrapping_add(u64::from(length)));
+        self.end_shadow(false);
+    }
+
+    /// Ends the shadow of STI and MOV SS behind an instruction, which may have been another
+    /// MOV SS (`again`).
+    #[inline(always)]
+    pub(super) fn end_shadow(&mut self, again: bool) {
         let interruptibility = self.vmcs.read_basic(guest::INTERRUPTIBILITY);
-        if interruptibility & SHADOW != 0 {
+        let shadow = if again { BLOCKED_BY_MOV_SS } else { 0 };
+        if interruptibility & SHADOW != shadow {
             self.vmcs
-                .write(guest::INTERRUPTIBILITY, interruptibility & !SHADOW);
+                .write(guest::INTERRUPTIBILITY, interruptibility & !SHADOW | shadow);
         }
     }
 

@@ -1,9 +1,13 @@
 //! Port I/O.
 
+use super::emulate::{Intent, Machine};
 use super::events::Exception;
+use super::execution::Execution;
+use super::mmio::ITERATIONS;
 use super::run::End;
+use super::segmentation::Segment;
 use super::{Attention, Vcpu};
-use crate::addr::{Gpa, Gva};
+use crate::addr::Gpa;
 use crate::arch::registers::{GeneralRegisters, LightRegisters};
 use crate::devices::fw_cfg::Progress;
 use crate::devices::{Width, chipset::Request, pc};
@@ -13,6 +17,37 @@ use crate::vmx::vmcs::{guest, information};
 use alloc::sync::Arc;
 
 const RFLAGS_DF: u64 = 1 << 10;
+
+const RFLAGS_TF: u64 = 1 << 8;
+const RSI: u8 = 6;
+const RDI: u8 = 7;
+
+/// Address size and segment of INS or OUTS (SDM 3, 28.2.5).
+fn string_operand(information: u32, input: bool) -> (Width, Segment) {
+    let address = match information >> 7 & 7 {
+        0 => Width::Word,
+        1 => Width::Dword,
+        _ => Width::Qword,
+    };
+    let segment = match information >> 15 & 7 {
+        _ if input => Segment::Es,
+        0 => Segment::Es,
+        1 => Segment::Cs,
+        2 => Segment::Ss,
+        4 => Segment::Fs,
+        5 => Segment::Gs,
+        _ => Segment::Ds,
+    };
+    (address, segment)
+}
+
+/// What an index register is after its part as wide as an address has become `new`.
+fn partly(old: u64, new: u64, address: Width) -> u64 {
+    match address {
+        Width::Word => old & !0xffff | new & 0xffff,
+        _ => new & address.mask(),
+    }
+}
 
 fn width(access: IoAccess) -> Result<Width, Exception> {
     Width::from_bytes(access.bytes.into()).ok_or(Exception::GeneralProtection)
@@ -41,59 +76,79 @@ impl Vcpu {
         Ok(())
     }
 
-    /// One element of INS or OUTS; with a repeat prefix the instruction is
-    /// executed again for the next, so that interrupts come in between.
+    /// INS or OUTS. With a repeat prefix it is executed again after some elements, so that
+    /// interrupts come in between.
     pub(super) fn string_port(
         &mut self,
         access: IoAccess,
         registers: &mut GeneralRegisters,
     ) -> Result<(), Exception> {
         let width = width(access)?;
-        // Address size: bits 9:7 of the instruction information (SDM 3, 28.2.5).
-        let size = self.vmcs.read(information::INSTRUCTION_INFO) >> 7 & 7;
-        let mask = match size {
-            0 => 0xffff,
-            1 => 0xffff_ffff,
-            _ => u64::MAX,
-        };
-        if access.repeated && registers.rcx & mask == 0 {
-            self.skip_instruction();
-            return Ok(());
-        }
-        let linear = Gva(self.vmcs.read(information::GUEST_LINEAR_ADDRESS));
-        if access.input {
-            let value = self.port_in(access.port, width).to_le_bytes();
-            let bytes = value.get(..width.bytes() as usize).unwrap_or_default();
-            self.write_linear(linear, bytes)?;
-        } else {
-            let mut value = [0; 4];
-            let bytes = value.get_mut(..width.bytes() as usize).unwrap_or_default();
-            self.read_linear(linear, bytes)?;
-            if !self.port_out(access.port, width, u32::from_le_bytes(value)) {
-                return Ok(());
-            }
-        }
-        let step = if self.vmcs.read(guest::RFLAGS) & RFLAGS_DF == 0 {
+        let information = self.vmcs.read(information::INSTRUCTION_INFO);
+        let (address, segment) = string_operand(information, access.input);
+        let rflags = self.vmcs.read(guest::RFLAGS);
+        let step = if rflags & RFLAGS_DF == 0 {
             width.bytes()
         } else {
             width.bytes().wrapping_neg()
         };
-        let index = if access.input {
-            &mut registers.rdi
+        let (mask, index) = (address.mask(), if access.input { RDI } else { RSI });
+        let elements = if !access.repeated || rflags & RFLAGS_TF != 0 {
+            1
         } else {
-            &mut registers.rsi
+            ITERATIONS
         };
-        *index = *index & !mask | index.wrapping_add(step) & mask;
-        if access.repeated {
-            let left = registers.rcx.wrapping_sub(1) & mask;
-            registers.rcx = registers.rcx & !mask | left;
-            if left != 0 {
-                self.trap_single_step();
+        for _ in 0..elements {
+            if access.repeated && registers.rcx & mask == 0 {
+                break;
+            }
+            let at = registers.get(index);
+            let is_done = self.string_element(access, segment, at & mask, width)?;
+            if !is_done {
                 return Ok(());
             }
+            registers.set(index, partly(at, at.wrapping_add(step), address));
+            if access.repeated {
+                let left = registers.rcx.wrapping_sub(1);
+                registers.rcx = partly(registers.rcx, left, address);
+            }
+            if self.leave.is_some() {
+                break;
+            }
         }
-        self.skip_instruction();
+        if access.repeated && registers.rcx & mask != 0 {
+            self.trap_single_step_of(rflags);
+        } else {
+            self.skip_instruction();
+        }
         Ok(())
+    }
+
+    /// One element at an offset of its segment; false where it is to be tried again.
+    fn string_element(
+        &mut self,
+        access: IoAccess,
+        segment: Segment,
+        offset: u64,
+        width: Width,
+    ) -> Result<bool, Exception> {
+        let bytes = width.bytes() as usize;
+        let register = self.segment(segment);
+        let addressing = self.addressing();
+        let linear = register.linear(segment, addressing, offset, width.bytes(), access.input)?;
+        let mut value = [0; 4];
+        let part = value.get_mut(..bytes).unwrap_or_default();
+        let mut execution = Execution::new(self, None);
+        if access.input {
+            // That it can be written is to be known before the device is read.
+            execution.check_store(linear, bytes)?;
+            let value = execution.vcpu.port_in(access.port, width).to_le_bytes();
+            execution.store(linear, value.get(..bytes).unwrap_or_default())?;
+            Ok(true)
+        } else {
+            execution.load(linear, part, Intent::Read)?;
+            Ok(self.port_out(access.port, width, u32::from_le_bytes(value)))
+        }
     }
 
     #[inline(always)]

@@ -261,16 +261,19 @@ impl WithAll<Vcpu> for EptViolations {
         if violation.execute || !violation.final_access {
             return Verdict::HEAVY;
         }
-        let Some(plan) = vcpu.known_move() else {
+        let Some(plan) = vcpu.known_move(registers) else {
             return Verdict::HEAVY;
         };
+        let (width, length) = (plan.width, plan.length);
         if plan.store {
-            vcpu.device_write(gpa, plan.width, plan.stored(registers));
+            let value = plan.stored(registers);
+            vcpu.device_write(gpa, width, value);
         } else {
-            let value = vcpu.device_read(gpa, plan.width);
+            let plan = *plan;
+            let value = vcpu.device_read(gpa, width);
             plan.load(registers, value);
         }
-        vcpu.complete_access(plan.length);
+        vcpu.complete_access(length);
         vcpu.verdict()
     }
 }
@@ -285,17 +288,20 @@ impl WithAll<Vcpu> for ApicAccesses {
         if !access.is_operand() || vcpu.tier.delivers() {
             return Verdict::HEAVY;
         }
-        let Some(plan) = vcpu.known_move() else {
+        let Some(plan) = vcpu.known_move(registers) else {
             return Verdict::HEAVY;
         };
         let offset = access.offset.into();
+        let (width, length) = (plan.width, plan.length);
         if plan.store {
-            vcpu.local_apic_write(offset, plan.width, plan.stored(registers));
+            let value = plan.stored(registers);
+            vcpu.local_apic_write(offset, width, value);
         } else {
-            let value = vcpu.local_apic_read(offset, plan.width);
+            let plan = *plan;
+            let value = vcpu.local_apic_read(offset, width);
             plan.load(registers, value);
         }
-        vcpu.complete_access(plan.length);
+        vcpu.complete_access(length);
         vcpu.verdict()
     }
 }

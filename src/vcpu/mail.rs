@@ -191,7 +191,7 @@ impl Vcpu {
 
     fn start_at(&mut self, start: &EntryState, entry: &mut Entry<Self>) {
         self.leave = None;
-        self.moves.clear();
+        self.known.clear();
         self.write_guest_state(start);
         self.cpuid.set_osxsave(false);
         *entry.registers() = self.entry_registers(start);

@@ -1,35 +1,25 @@
 //! EPT violations: memory that is mapped on first use, and device registers in memory.
 
-use super::emulate::{self, Bus, Decoded, EmulateError, Mode, Move, Segment};
+use super::emulate::{Decoded, EmulateError, Mode, Move, Progress, Registers};
 use super::events::{Exception, RFLAGS_RF};
-use super::known_moves::Context;
+use super::execution::{Execution, Known};
+use super::known_code::Context;
 use super::run::End;
-use super::walk::{self, Operation, Paging, PhysicalRead, WalkError};
+use super::segmentation::{Addressing, Rights};
 use super::{Attention, Vcpu};
 use crate::addr::{Gpa, Gva, PAGE_SIZE};
 use crate::arch::registers::GeneralRegisters;
 use crate::devices::local_apic::{Action, Mode as ApicMode, register};
 use crate::devices::{Width, pc};
 use crate::vm::machine::Unmapped;
-use crate::vm::memory::GuestMemory;
 use crate::vmx::exit::EptViolation;
-use crate::vmx::vmcs::guest;
+use crate::vmx::vmcs::{guest, information};
 
 /// The longest instruction (SDM 2, 2.3.11).
 const INSTRUCTION_MAX: usize = 15;
-const RIGHTS_LONG: u32 = 1 << 13;
-const RIGHTS_DEFAULT_BIG: u32 = 1 << 14;
-const EFER_LMA: u64 = 1 << 10;
-
-impl PhysicalRead for GuestMemory {
-    fn read_u64(&self, gpa: Gpa) -> Option<u64> {
-        GuestMemory::read_u64(self, gpa).ok()
-    }
-
-    fn read_u32(&self, gpa: Gpa) -> Option<u32> {
-        GuestMemory::read_u32(self, gpa).ok()
-    }
-}
+/// Iterations of a string instruction that are emulated in one exit: between them the
+/// guest could take interrupts.
+pub(super) const ITERATIONS: u32 = 32;
 
 impl Vcpu {
     pub(super) fn ept_violation(
@@ -51,12 +41,13 @@ impl Vcpu {
                 self.end(End::NoMemory(violation.gpa));
             }
             Err(Unmapped::NoSlot) => {
-                let access = if violation.write {
-                    emulate::Access::Write
-                } else {
-                    emulate::Access::Read
+                let linear = Gva(self.vmcs.read(information::GUEST_LINEAR_ADDRESS));
+                let known = Known {
+                    page: linear.align_down(PAGE_SIZE),
+                    frame: violation.gpa.align_down(PAGE_SIZE),
+                    write: violation.write,
                 };
-                return self.device_access(violation.gpa, access, registers);
+                return self.device_access(violation.gpa, Some(known), registers);
             }
             Err(Unmapped::Ept(error)) => self.end(End::Ept(error)),
         }
@@ -66,24 +57,31 @@ impl Vcpu {
     /// The plain move that accesses a device, where it is known: what the rest of
     /// [`Vcpu::device_access`] would find.
     #[inline(always)]
-    pub(super) fn known_move(&self) -> Option<Move> {
-        self.moves.find(&self.vm.memory, self.context())
+    pub(super) fn known_move(&self, registers: &GeneralRegisters) -> Option<&Move> {
+        let plan = self.known.find_move(&self.vm.memory, self.context())?;
+        plan.is_aligned(registers).then_some(plan)
     }
 
     #[inline(always)]
     fn context(&self) -> Context {
+        let rip = self.vmcs.read_basic(guest::RIP);
+        let rights = self.vmcs.read_basic(guest::CS_ACCESS_RIGHTS);
         Context {
-            rip: self.vmcs.read_basic(guest::RIP),
+            address: if Rights(rights).is_long() {
+                rip
+            } else {
+                self.linear_of(rip)
+            },
             cr3: self.vmcs.read_basic(guest::CR3),
-            rights: self.vmcs.read_basic(guest::CS_ACCESS_RIGHTS),
+            rights,
         }
     }
 
-    /// Keeps the plain move that `code` is, for [`Vcpu::known_move`].
-    fn remember_move(&mut self, code: &[u8], plan: Move) {
-        let (context, paging) = (self.context(), self.paging());
-        self.moves
-            .remember(&self.vm.memory, &paging, context, code, plan);
+    /// Where the guest executes, outside 64-bit code.
+    #[cold]
+    #[inline(never)]
+    fn linear_of(&self, rip: u64) -> u64 {
+        self.vmcs.read_basic(guest::CS_BASE).wrapping_add(rip) & 0xffff_ffff
     }
 
     /// Ends an instruction of `length` bytes whose access has exited.
@@ -98,155 +96,104 @@ impl Vcpu {
         self.trap_single_step_of(rflags);
     }
 
-    /// Emulates the instruction that accesses the device at `gpa`.
+    /// Emulates the instruction that accesses the device at `gpa`, the page of which is
+    /// `known` where the exit has told.
     pub(super) fn device_access(
         &mut self,
         gpa: Gpa,
-        access: emulate::Access,
+        known: Option<Known>,
         registers: &mut GeneralRegisters,
     ) -> Result<(), Exception> {
-        let mut bytes = [0; INSTRUCTION_MAX];
         let rip = self.vmcs.read(guest::RIP);
-        let long = self.is_64_bit();
-        let mode = if long {
+        let mut context = self.context();
+        if Rights(context.rights).is_long() && !self.is_64_bit() {
+            // L means nothing outside IA-32e mode (SDM 3, 3.4.5).
+            context.address = self.linear_of(rip);
+        }
+        let known_code = self.known.find(&self.vm.memory, context);
+        let decoded = match known_code.copied().filter(|known| known.is_at(rip)) {
+            Some(known) => known,
+            None => match self.decode(rip, context) {
+                Ok(decoded) => decoded,
+                Err(EmulateError::Fault(exception)) => return Err(exception),
+                Err(_) => return self.not_emulated(gpa, context),
+            },
+        };
+        registers.rsp = self.vmcs.read(guest::RSP);
+        let before = (registers.rsp, self.vmcs.read(guest::RFLAGS));
+        let mut state = Registers {
+            general: registers,
+            rip,
+            rflags: before.1,
+        };
+        let mut execution = Execution::new(self, known);
+        let result = decoded.emulate(&mut state, &mut execution, ITERATIONS);
+        let shadow = execution.loaded_stack_segment;
+        if let Err(EmulateError::Incomplete | EmulateError::Unsupported) = result {
+            return self.not_emulated(gpa, context);
+        }
+        if result == Ok(Progress::Done) {
+            // An EPT violation saves RF set (SDM 3, 28.3.3); a completed instruction clears it.
+            state.rflags &= !RFLAGS_RF;
+            self.vmcs.write(guest::RIP, state.rip);
+            self.end_shadow(shadow);
+        }
+        if state.rflags != before.1 {
+            self.vmcs.write(guest::RFLAGS, state.rflags);
+        }
+        if state.general.rsp != before.0 {
+            self.vmcs.write(guest::RSP, state.general.rsp);
+        }
+        match result {
+            Err(EmulateError::Fault(exception)) => Err(exception),
+            _ => {
+                self.trap_single_step_of(before.1);
+                Ok(())
+            }
+        }
+    }
+
+    /// The instruction at `rip`, which is `context`'s.
+    fn decode(&mut self, rip: u64, context: Context) -> Result<Decoded, EmulateError> {
+        let mode = if self.is_64_bit() {
             Mode::Bits64
-        } else if self.vmcs.read(guest::CS_ACCESS_RIGHTS) & RIGHTS_DEFAULT_BIG != 0 {
+        } else if Rights(context.rights).is_big() {
             Mode::Bits32
         } else {
             Mode::Bits16
         };
-        let start = if long {
-            rip
-        } else {
-            self.vmcs.read(guest::CS_BASE).wrapping_add(rip) & 0xffff_ffff
-        };
-        let fetched = self.fetch(Gva(start), &mut bytes)?;
-        registers.rsp = self.vmcs.read(guest::RSP);
-        let mut rflags = self.vmcs.read(guest::RFLAGS);
-        let mut bus = DeviceBus {
-            gpa,
-            long,
-            fault: None,
-            vcpu: self,
-        };
-        let code = bytes.get(..fetched).unwrap_or_default();
-        let decoded = Decoded::new(code, mode);
-        let outcome =
-            decoded.and_then(|decoded| decoded.emulate(access, registers, &mut rflags, &mut bus));
-        let fault = bus.fault.take();
-        if long
-            && let Ok(decoded) = decoded
-            && let Some(plan) = decoded.plain_move()
-        {
-            self.remember_move(code, plan);
+        let mut code = [0; INSTRUCTION_MAX];
+        let start = Gva(context.address);
+        let mut fetched = self.fetch(start, &mut code)?;
+        let mut decoded = Decoded::new(code.get(..fetched).unwrap_or_default(), mode, rip);
+        if decoded.as_ref().err() == Some(&EmulateError::Incomplete) {
+            let next = start.wrapping_add(fetched as u64);
+            let rest = code.get_mut(fetched..).unwrap_or_default();
+            fetched += self.fetch(next, rest)?;
+            decoded = Decoded::new(code.get(..fetched).unwrap_or_default(), mode, rip);
         }
-        match outcome {
-            Ok(outcome) => {
-                // An EPT violation saves RF set (SDM 3, 28.3.3); a completed instruction clears it.
-                if outcome.advance != 0 {
-                    rflags &= !RFLAGS_RF;
-                }
-                self.vmcs.write(guest::RFLAGS, rflags);
-                self.vmcs.write(guest::RSP, registers.rsp);
-                if outcome.advance == 0 {
-                    self.trap_single_step();
-                } else {
-                    self.advance_rip(outcome.advance.into());
-                }
-                Ok(())
-            }
-            Err(EmulateError::Memory) => Err(fault.unwrap_or(Exception::GeneralProtection)),
-            Err(EmulateError::Undecodable | EmulateError::Unsupported) => {
-                self.end(End::Instruction {
-                    rip: Gva(start),
-                    bytes,
-                    gpa,
-                });
-                Ok(())
-            }
+        let decoded = decoded?;
+        let paging = self.paging();
+        let code = code.get(..fetched).unwrap_or_default();
+        if Rights(context.rights).is_long() == (mode == Mode::Bits64) {
+            self.known
+                .remember(&self.vm.memory, &paging, context, code, &decoded);
         }
+        Ok(decoded)
+    }
+
+    fn not_emulated(&mut self, gpa: Gpa, context: Context) -> Result<(), Exception> {
+        let rip = Gva(context.address);
+        let mut bytes = [0; INSTRUCTION_MAX];
+        // It was there just now; else the message shows zeros.
+        let _ = self.fetch(rip, &mut bytes);
+        self.end(End::Instruction { rip, bytes, gpa });
+        Ok(())
     }
 
     /// Whether the guest executes 64-bit code.
     pub(super) fn is_64_bit(&self) -> bool {
-        self.vmcs.read(guest::EFER) & EFER_LMA != 0
-            && self.vmcs.read(guest::CS_ACCESS_RIGHTS) & RIGHTS_LONG != 0
-    }
-
-    fn paging(&self) -> Paging {
-        Paging {
-            cr0: self.cr0(),
-            cr3: self.vmcs.read(guest::CR3),
-            cr4: self.cr4(),
-            efer: self.vmcs.read(guest::EFER),
-            rflags: self.vmcs.read(guest::RFLAGS),
-            physical_bits: self.cpuid.physical_address_bits(),
-        }
-    }
-
-    fn translate(&self, address: Gva, operation: Operation) -> Result<Gpa, Exception> {
-        let access = walk::Access {
-            operation,
-            user: self.cpl() == 3,
-        };
-        match walk::walk(&self.vm.memory, &self.paging(), address, access) {
-            Ok(translation) => Ok(translation.gpa),
-            Err(WalkError::PageFault(error_code)) => Err(Exception::PageFault {
-                error_code,
-                address: address.0,
-            }),
-            Err(WalkError::NonCanonical | WalkError::NoMemory(_)) => {
-                Err(Exception::GeneralProtection)
-            }
-        }
-    }
-
-    /// Fetches up to 15 bytes of code; fewer where the next page has none.
-    fn fetch(&self, address: Gva, bytes: &mut [u8; INSTRUCTION_MAX]) -> Result<usize, Exception> {
-        let mut done = 0;
-        while done < INSTRUCTION_MAX {
-            let at = address.wrapping_add(done as u64);
-            let gpa = match self.translate(at, Operation::Execute) {
-                Ok(gpa) => gpa,
-                Err(_) if done > 0 => break,
-                Err(exception) => return Err(exception),
-            };
-            let in_page = (PAGE_SIZE - at.offset_in(PAGE_SIZE)) as usize;
-            let end = INSTRUCTION_MAX.min(done + in_page);
-            let Some(part) = bytes.get_mut(done..end) else {
-                break;
-            };
-            if self.vm.memory.read(gpa, part).is_err() {
-                break;
-            }
-            done = end;
-        }
-        Ok(done)
-    }
-
-    /// Reads at a linear address, with the guest's own rights.
-    pub(super) fn read_linear(&self, address: Gva, bytes: &mut [u8]) -> Result<(), Exception> {
-        // Byte by byte: such operands are at most eight bytes and may straddle pages.
-        for (offset, byte) in (0..).zip(bytes) {
-            let gpa = self.translate(address.wrapping_add(offset), Operation::Read)?;
-            let mut one = [0];
-            // Where there is no memory the bus reads all ones.
-            *byte = self.vm.memory.read(gpa, &mut one).map_or(0xff, |()| one[0]);
-        }
-        Ok(())
-    }
-
-    /// Writes at a linear address, with the guest's own rights.
-    pub(super) fn write_linear(&self, address: Gva, bytes: &[u8]) -> Result<(), Exception> {
-        for offset in 0..bytes.len() as u64 {
-            self.translate(address.wrapping_add(offset), Operation::Write)?;
-        }
-        for (offset, byte) in (0..).zip(bytes) {
-            let gpa = self.translate(address.wrapping_add(offset), Operation::Write)?;
-            // Where there is no memory the write vanishes.
-            let _ = self.vm.memory.write(gpa, &[*byte]);
-        }
-        Ok(())
+        self.addressing() == Addressing::Long
     }
 
     #[inline(always)]
@@ -352,71 +299,4 @@ enum Device {
     IoApic,
     /// Seldom there, or nobody.
     Other,
-}
-
-/// The access of one instruction: the device at `gpa`, and the guest's memory.
-struct DeviceBus<'a> {
-    vcpu: &'a mut Vcpu,
-    gpa: Gpa,
-    long: bool,
-    fault: Option<Exception>,
-}
-
-impl DeviceBus<'_> {
-    fn linear(&self, segment: Segment, offset: u64) -> Gva {
-        let vmcs = &self.vcpu.vmcs;
-        let base = match segment {
-            Segment::Fs => vmcs.read(guest::FS_BASE),
-            Segment::Gs => vmcs.read(guest::GS_BASE),
-            _ if self.long => 0,
-            Segment::Es => vmcs.read(guest::ES_BASE),
-            Segment::Cs => vmcs.read(guest::CS_BASE),
-            Segment::Ss => vmcs.read(guest::SS_BASE),
-            Segment::Ds => vmcs.read(guest::DS_BASE),
-        };
-        let linear = base.wrapping_add(offset);
-        Gva(if self.long {
-            linear
-        } else {
-            linear & 0xffff_ffff
-        })
-    }
-
-    fn note<T>(&mut self, result: Result<T, Exception>) -> Result<T, EmulateError> {
-        result.map_err(|exception| {
-            self.fault = Some(exception);
-            EmulateError::Memory
-        })
-    }
-}
-
-impl Bus for DeviceBus<'_> {
-    fn read(&mut self, width: Width) -> u64 {
-        self.vcpu.device_read(self.gpa, width)
-    }
-
-    fn write(&mut self, width: Width, value: u64) {
-        self.vcpu.device_write(self.gpa, width, value);
-    }
-
-    fn load(&mut self, segment: Segment, offset: u64, width: Width) -> Result<u64, EmulateError> {
-        let mut bytes = [0; 8];
-        let part = bytes.get_mut(..width.bytes() as usize).unwrap_or_default();
-        let result = self.vcpu.read_linear(self.linear(segment, offset), part);
-        self.note(result)?;
-        Ok(u64::from_le_bytes(bytes))
-    }
-
-    fn store(
-        &mut self,
-        segment: Segment,
-        offset: u64,
-        width: Width,
-        value: u64,
-    ) -> Result<(), EmulateError> {
-        let bytes = value.to_le_bytes();
-        let part = bytes.get(..width.bytes() as usize).unwrap_or_default();
-        let result = self.vcpu.write_linear(self.linear(segment, offset), part);
-        self.note(result)
-    }
 }

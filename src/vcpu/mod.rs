@@ -14,9 +14,11 @@ mod dump;
 pub mod emulate;
 pub mod events;
 mod exceptions;
+mod execution;
 pub mod exits;
+pub mod fault;
 pub mod io;
-mod known_moves;
+mod known_code;
 mod lead;
 mod light;
 mod mail;
@@ -25,6 +27,7 @@ pub mod model_specific;
 pub mod msr;
 pub mod pvclock;
 pub mod run;
+pub mod segmentation;
 pub mod state;
 mod timer;
 pub mod tsc;
@@ -44,7 +47,7 @@ use alloc::sync::Arc;
 use attention::Attention;
 use cpuid::CpuidTable;
 use events::{Pending, Raised};
-use known_moves::KnownMoves;
+use known_code::KnownCode;
 use lead::Lead;
 use msr::Msrs;
 
@@ -95,7 +98,7 @@ pub struct Vcpu {
     /// CR4 bits that the guest may set.
     cr4_allowed: u64,
     /// Instructions that have touched devices.
-    moves: Box<KnownMoves>,
+    known: Box<KnownCode>,
     attention: Attention,
     timer: timer::EntryTimer,
     halt_lead: Lead,

@@ -200,7 +200,7 @@ impl Vcpu {
             holds_interrupts: false,
             cr4_allowed: cpuid::cr4_allowed(&table) & vmx.capabilities.cr4_fixed1,
             cpuid: table,
-            moves: Box::default(),
+            known: Box::default(),
             msrs,
             clock: vm.clock,
             pending: Pending::default(),

@@ -11,7 +11,7 @@
 
 use super::events::Exception;
 use super::run::End;
-use super::{Attention, Vcpu, emulate};
+use super::{Attention, Vcpu};
 use crate::addr::{Gpa, Hva};
 use crate::arch::registers::GeneralRegisters;
 use crate::devices::local_apic::{Mode, register};
@@ -191,9 +191,8 @@ impl Vcpu {
         registers: &mut GeneralRegisters,
     ) -> Result<(), Exception> {
         let gpa = self.apic_register(access.offset);
-        let access = match access.kind {
-            ApicPageAccessKind::Read => emulate::Access::Read,
-            ApicPageAccessKind::Write => emulate::Access::Write,
+        match access.kind {
+            ApicPageAccessKind::Read | ApicPageAccessKind::Write => {}
             ApicPageAccessKind::Fetch => {
                 self.end(End::NoMemory(gpa));
                 return Ok(());
@@ -202,8 +201,8 @@ impl Vcpu {
                 self.end(End::NoMemoryForDelivery(gpa));
                 return Ok(());
             }
-        };
-        let result = self.device_access(gpa, access, registers);
+        }
+        let result = self.device_access(gpa, None, registers);
         if self.tier.delivers() {
             self.write_interrupt_status();
         }

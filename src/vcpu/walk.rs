@@ -1,8 +1,8 @@
 //! The guest's page tables, walked as the CPU walks them (SDM 3, chapter 5).
 //!
 //! Needed where the hypervisor follows a guest's linear address itself: to fetch
-//! an instruction that is emulated, for its other memory operand, and for a
-//! debugger. The walk only reads: accessed and dirty bits stay as they are.
+//! an instruction that is emulated, for its operands, and for a debugger, for
+//! which accessed and dirty bits stay as they are.
 //! With PAE paging the four page-directory-pointer entries are read from memory,
 //! not from the copies that the CPU made when CR3 was loaded.
 
@@ -10,6 +10,7 @@
 mod tests;
 
 use crate::addr::{Gpa, Gva};
+use arrayvec::ArrayVec;
 
 /// Memory that holds page tables.
 pub trait PhysicalRead {
@@ -18,6 +19,12 @@ pub trait PhysicalRead {
 
     /// The four bytes at `gpa`, a multiple of 4; `None` where there is no memory.
     fn read_u32(&self, gpa: Gpa) -> Option<u32>;
+}
+
+/// Memory that holds page tables whose accessed and dirty bits are set.
+pub trait PhysicalMark: PhysicalRead {
+    /// Replaces the entry at `gpa`, of 4 or 8 bytes, if it is still `old`; false where it is not.
+    fn replace(&self, gpa: Gpa, bytes: usize, old: u64, new: u64) -> bool;
 }
 
 /// The registers that decide how a linear address is translated.
@@ -84,6 +91,8 @@ const EFER_NXE: u64 = 1 << 11;
 const RFLAGS_AC: u64 = 1 << 18;
 
 const PRESENT: u64 = 1;
+const ACCESSED: u64 = 1 << 5;
+const DIRTY: u64 = 1 << 6;
 const WRITABLE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
 const LARGE: u64 = 1 << 7;
@@ -103,39 +112,61 @@ pub fn walk(
     gva: Gva,
     access: Access,
 ) -> Result<Translation, WalkError> {
-    if paging.cr0 & CR0_PG == 0 {
-        return Ok(Translation {
-            gpa: Gpa(gva.0 & 0xffff_ffff),
-            page_size: 4096,
-            user: true,
-            writable: true,
-            executable: true,
-        });
-    }
-    let walker = Walker {
-        memory,
-        paging,
-        access,
-    };
-    let translation = if paging.efer & EFER_LMA != 0 {
-        let levels = if paging.cr4 & CR4_LA57 != 0 { 5 } else { 4 };
-        let unused = 64 - (12 + 9 * levels);
-        if ((gva.0 << unused) as i64 >> unused) as u64 != gva.0 {
-            return Err(WalkError::NonCanonical);
+    Walker::new(memory, paging, access).translate(gva)
+}
+
+/// The same for an access that is made: sets accessed bits, and for a write the dirty bit.
+pub fn walk_and_mark(
+    memory: &impl PhysicalMark,
+    paging: &Paging,
+    gva: Gva,
+    access: Access,
+) -> Result<Translation, WalkError> {
+    /// Walks that an entry which changes at the same time may spoil.
+    const TRIES: usize = 16;
+    let mut tries = 0;
+    loop {
+        let mut walker = Walker::new(memory, paging, access);
+        let translation = walker.translate(gva)?;
+        tries += 1;
+        if walker.mark() || tries == TRIES {
+            return Ok(translation);
         }
-        walker.wide(gva.0, levels, Gpa(paging.cr3 & walker.address_mask()))
-    } else if paging.cr4 & CR4_PAE != 0 {
-        walker.pae(gva.0 & 0xffff_ffff)
-    } else {
-        walker.narrow(gva.0 & 0xffff_ffff)
-    }?;
-    walker.check(translation)
+    }
+}
+
+/// An entry that was read on the way.
+#[derive(Clone, Copy)]
+struct Visited {
+    slot: Gpa,
+    value: u64,
 }
 
 struct Walker<'a, M> {
     memory: &'a M,
     paging: &'a Paging,
     access: Access,
+    /// Those with an accessed bit, the last of which has a dirty bit.
+    visited: ArrayVec<Visited, 5>,
+    /// Bytes of each.
+    entry_bytes: usize,
+}
+
+impl<M: PhysicalMark> Walker<'_, M> {
+    /// Sets the bits; false where an entry is not what it was.
+    fn mark(&self) -> bool {
+        let last = self.visited.len().saturating_sub(1);
+        (0..).zip(&self.visited).all(|(index, visited)| {
+            let mut new = visited.value | ACCESSED;
+            if index == last && self.access.operation == Operation::Write {
+                new |= DIRTY;
+            }
+            new == visited.value
+                || self
+                    .memory
+                    .replace(visited.slot, self.entry_bytes, visited.value, new)
+        })
+    }
 }
 
 /// Rights gathered on the way down: the flags of all entries ANDed, NX ORed.
@@ -169,7 +200,48 @@ impl Rights {
     }
 }
 
-impl<M: PhysicalRead> Walker<'_, M> {
+impl<'a, M: PhysicalRead> Walker<'a, M> {
+    fn new(memory: &'a M, paging: &'a Paging, access: Access) -> Self {
+        Self {
+            memory,
+            paging,
+            access,
+            visited: ArrayVec::new(),
+            entry_bytes: 8,
+        }
+    }
+
+    fn translate(&mut self, gva: Gva) -> Result<Translation, WalkError> {
+        let paging = self.paging;
+        if paging.cr0 & CR0_PG == 0 {
+            return Ok(Translation {
+                gpa: Gpa(gva.0 & 0xffff_ffff),
+                page_size: 4096,
+                user: true,
+                writable: true,
+                executable: true,
+            });
+        }
+        let translation = if paging.efer & EFER_LMA != 0 {
+            let levels = if paging.cr4 & CR4_LA57 != 0 { 5 } else { 4 };
+            let unused = 64 - (12 + 9 * levels);
+            if ((gva.0 << unused) as i64 >> unused) as u64 != gva.0 {
+                return Err(WalkError::NonCanonical);
+            }
+            self.wide(gva.0, levels, Gpa(paging.cr3 & self.address_mask()))
+        } else if paging.cr4 & CR4_PAE != 0 {
+            self.pae(gva.0 & 0xffff_ffff)
+        } else {
+            self.narrow(gva.0 & 0xffff_ffff)
+        }?;
+        self.check(translation)
+    }
+
+    fn visit(&mut self, slot: Gpa, value: u64) {
+        // Five levels are the most there are.
+        let _ = self.visited.try_push(Visited { slot, value });
+    }
+
     /// Bits 12 and up of an address in an entry.
     fn address_mask(&self) -> u64 {
         ((1 << self.paging.physical_bits.min(52)) - 1) & !0xfff
@@ -205,7 +277,7 @@ impl<M: PhysicalRead> Walker<'_, M> {
     }
 
     /// Tables of 512 entries of eight bytes, from `level` (4 is the PML4, 1 the page table) down.
-    fn wide(&self, gva: u64, level: u32, table: Gpa) -> Result<Translation, WalkError> {
+    fn wide(&mut self, gva: u64, level: u32, table: Gpa) -> Result<Translation, WalkError> {
         let long = self.paging.efer & EFER_LMA != 0;
         let address_mask = self.address_mask();
         // Above MAXPHYADDR up to bit 51; PAE paging reserves all up to bit 62.
@@ -232,6 +304,7 @@ impl<M: PhysicalRead> Walker<'_, M> {
                 _ => 0,
             };
             self.check_entry(entry, reserved | reserved_always)?;
+            self.visit(slot, entry);
             rights = rights.and(entry);
             if large || level == 1 {
                 let frame = entry & address_mask & !(page_size - 1);
@@ -243,7 +316,7 @@ impl<M: PhysicalRead> Walker<'_, M> {
     }
 
     /// PAE paging: four entries without rights of their own, then two levels as in long mode.
-    fn pae(&self, gva: u64) -> Result<Translation, WalkError> {
+    fn pae(&mut self, gva: u64) -> Result<Translation, WalkError> {
         let slot = Gpa((self.paging.cr3 & 0xffff_ffe0) + (gva >> 30) * 8);
         let entry = self
             .memory
@@ -255,19 +328,23 @@ impl<M: PhysicalRead> Walker<'_, M> {
     }
 
     /// 32-bit paging: two levels of 1024 entries of four bytes.
-    fn narrow(&self, gva: u64) -> Result<Translation, WalkError> {
+    fn narrow(&mut self, gva: u64) -> Result<Translation, WalkError> {
         const LARGE_PAGE: u64 = 4 << 20;
+        self.entry_bytes = 4;
+        let memory = self.memory;
         let entry = |table: u64, index: u64| {
             let slot = Gpa(table + index * 4);
-            let entry = self.memory.read_u32(slot);
-            entry.map(u64::from).ok_or(WalkError::NoMemory(slot))
+            let entry = memory.read_u32(slot);
+            let entry = entry.map(u64::from).ok_or(WalkError::NoMemory(slot))?;
+            Ok((slot, entry))
         };
-        let directory = entry(self.paging.cr3 & 0xffff_f000, gva >> 22)?;
+        let (slot, directory) = entry(self.paging.cr3 & 0xffff_f000, gva >> 22)?;
         if directory & LARGE != 0 && self.paging.cr4 & CR4_PSE != 0 {
             // PSE-36: bits 13 to 20 are bits 32 to 39 of the address, as far as MAXPHYADDR goes.
             let above = self.paging.physical_bits.clamp(32, 40) - 32;
             let reserved = 1 << 21 | (0xff & !((1 << above) - 1)) << 13;
             self.check_entry(directory, reserved)?;
+            self.visit(slot, directory);
             let frame = (directory & 0xffc0_0000) | ((directory >> 13) & 0xff) << 32;
             return Ok(Rights::ALL.and(directory).translation(
                 frame,
@@ -276,8 +353,10 @@ impl<M: PhysicalRead> Walker<'_, M> {
             ));
         }
         self.check_entry(directory, 0)?;
-        let page = entry(directory & 0xffff_f000, (gva >> 12) & 0x3ff)?;
+        self.visit(slot, directory);
+        let (slot, page) = entry(directory & 0xffff_f000, (gva >> 12) & 0x3ff)?;
         self.check_entry(page, 0)?;
+        self.visit(slot, page);
         let rights = Rights::ALL.and(directory).and(page);
         Ok(rights.translation(page & 0xffff_f000, gva & 0xfff, 4096))
     }

@@ -9,6 +9,7 @@ use crate::addr::Gpa;
 use crate::devices::fw_cfg;
 use core::fmt;
 use core::ptr::{self, NonNull};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// The guest has no memory at this address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,6 +146,81 @@ impl GuestMemory {
         let mut bytes = [0; 8];
         self.read(gpa, &mut bytes)?;
         Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// Replaces the aligned 4 or 8 bytes at `gpa` in one step if they are `old`; false, and
+    /// nothing done, where they are not, or are not all there.
+    pub fn replace(&self, gpa: Gpa, bytes: usize, old: u64, new: u64) -> bool {
+        const ORDER: Ordering = Ordering::SeqCst;
+        match bytes {
+            4 => self.aligned::<u32>(gpa).is_some_and(|host| {
+                // SAFETY: `aligned` gives aligned addresses inside a slot, whose backing is mapped.
+                let entry = unsafe { AtomicU32::from_ptr(host.cast_mut()) };
+                let (old, new) = ((old as u32).to_le(), (new as u32).to_le());
+                entry.compare_exchange(old, new, ORDER, ORDER).is_ok()
+            }),
+            8 => self.aligned::<u64>(gpa).is_some_and(|host| {
+                // SAFETY: as above.
+                let entry = unsafe { AtomicU64::from_ptr(host.cast_mut()) };
+                entry
+                    .compare_exchange(old.to_le(), new.to_le(), ORDER, ORDER)
+                    .is_ok()
+            }),
+            _ => false,
+        }
+    }
+
+    /// Reads what one instruction reads: 2, 4 or 8 aligned bytes in one step, which
+    /// another CPU may be writing.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::read`].
+    pub fn load(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), OutOfSlot> {
+        match bytes {
+            [a, b] => match self.aligned::<u16>(gpa) {
+                // SAFETY: `aligned` gives aligned addresses inside a slot, whose backing is mapped.
+                Some(host) => [*a, *b] = unsafe { host.read_volatile() }.to_ne_bytes(),
+                None => return self.read(gpa, bytes),
+            },
+            [a, b, c, d] => match self.aligned::<u32>(gpa) {
+                // SAFETY: as above.
+                Some(host) => [*a, *b, *c, *d] = unsafe { host.read_volatile() }.to_ne_bytes(),
+                None => return self.read(gpa, bytes),
+            },
+            [_, _, _, _, _, _, _, _] => match self.aligned::<u64>(gpa) {
+                // SAFETY: as above.
+                Some(host) => bytes.copy_from_slice(&unsafe { host.read_volatile() }.to_ne_bytes()),
+                None => return self.read(gpa, bytes),
+            },
+            _ => return self.read(gpa, bytes),
+        }
+        Ok(())
+    }
+
+    /// Writes what one instruction writes, in the same way.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::write`].
+    pub fn store(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), OutOfSlot> {
+        if let Ok(word) = <[u8; 2]>::try_from(bytes)
+            && let Some(host) = self.aligned::<u16>(gpa)
+        {
+            // SAFETY: `aligned` gives aligned addresses inside a slot, whose backing is mapped.
+            unsafe { host.cast_mut().write_volatile(u16::from_ne_bytes(word)) };
+        } else if let Ok(word) = <[u8; 4]>::try_from(bytes)
+            && let Some(host) = self.aligned::<u32>(gpa)
+        {
+            // SAFETY: as above.
+            unsafe { host.cast_mut().write_volatile(u32::from_ne_bytes(word)) };
+        } else if let Ok(word) = <[u8; 8]>::try_from(bytes)
+            && let Some(host) = self.aligned::<u64>(gpa)
+        {
+            // SAFETY: as above.
+            unsafe { host.cast_mut().write_volatile(u64::from_ne_bytes(word)) };
+        } else {
+            return self.write(gpa, bytes);
+        }
+        Ok(())
     }
 
     /// Where a `T` is in the host; `None` where it is not in one slot.

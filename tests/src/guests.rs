@@ -69,6 +69,7 @@ pub fn add(suite: &mut Suite) {
     suite.add("guests::crash_all_at_once", crash_all_at_once);
     suite.add("guests::more_cpus_than_there_are", more_cpus_than_there_are);
     suite.add("guests::test_device", test_device);
+    suite.add("guests::emulation", emulation);
     suite.add("guests::spin", spin);
 }
 
@@ -332,6 +333,20 @@ fn test_device(case: &mut Case) -> Result<()> {
         &seen.console,
     );
     case.check_equal("the exit status", seen.ending, Ending::Status(0x43));
+    Ok(())
+}
+
+/// Instructions that the hypervisor emulates: every check of the guest is a result of its own.
+fn emulation(case: &mut Case) -> Result<()> {
+    let kernel = paths::read(&build::guest("emulation")?)?;
+    let config = format!("{}test_device = true\n", entry("emulation", "kernel"));
+    let seen = case
+        .machine()
+        .volume(&config, &[("kernel", &kernel)])?
+        .limit(120)
+        .run()?;
+    results(case, "", &seen.console);
+    case.check_equal("it powers off", seen.ending, Ending::Status(0));
     Ok(())
 }
 

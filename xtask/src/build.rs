@@ -142,7 +142,7 @@ fn efi_application(program: &Program, env: &[(&str, &Path)], file: &str) -> Resu
 }
 
 /// The small guests: the programs in `tests/guests`.
-pub const GUESTS: [&str; 13] = [
+pub const GUESTS: [&str; 14] = [
     "pc",
     "triple",
     "vmxon",
@@ -156,6 +156,7 @@ pub const GUESTS: [&str; 13] = [
     "echo",
     "test_device",
     "multiboot",
+    "emulation",
 ];
 
 /// Builds the small guest `name`, one of the programs in `tests/guests`.

@@ -6,9 +6,20 @@ use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic, OpK
 use object::{Object, ObjectSection, ObjectSegment, ObjectSymbol, SectionFlags, elf};
 use std::collections::BTreeMap;
 
-/// The functions that switch FPU and vector state, by symbol without crate and
+/// The functions that move FPU and vector state, by symbol without crate and
 /// hash; only they may contain such instructions.
-const STATE_SWITCH: &[&str] = &["save_vectors", "load_vectors"];
+const STATE_SWITCH: &[&str] = &[
+    "save_vectors",
+    "load_vectors",
+    "store_mmx_register",
+    "load_mmx_register",
+    "store_xmm_register",
+    "load_xmm_register",
+    "load_xmm_register_by_vex",
+    "store_ymm_register",
+    "load_ymm_register",
+    "x87_exception_is_pending",
+];
 
 /// The kernel's loaded bytes must stay below this.
 const LARGEST: u64 = 1 << 20;

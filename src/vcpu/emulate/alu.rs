@@ -81,11 +81,12 @@ impl Unary {
     }
 }
 
-fn sign_bit(width: Width) -> u64 {
+pub(super) fn sign_bit(width: Width) -> u64 {
     width.mask() ^ width.mask() >> 1
 }
 
-fn logic(value: u64, width: Width) -> (u64, u64) {
+/// `value` in this width, with SF, ZF and PF of it.
+pub(super) fn logic(value: u64, width: Width) -> (u64, u64) {
     let value = value & width.mask();
     let mut status = 0;
     if value == 0 {

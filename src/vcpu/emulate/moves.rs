@@ -1,13 +1,14 @@
 //! Plain moves between a device and a register, or from an immediate: what nearly
 //! every access to a device is, worked out when the instruction is decoded.
 
-use super::{Gpr, Place, places};
+use super::operand::Gpr;
 use crate::arch::registers::GeneralRegisters;
 use crate::devices::Width;
-use iced_x86::{Instruction, Mnemonic};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 /// MOV between a device and a general register other than RSP, MOVZX from a device, or
-/// MOV of an immediate to one.
+/// MOV of an immediate to one, where one register tells whether the address is aligned: an
+/// aligned access does not go on in another page, which may be something else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Move {
     /// The device is written.
@@ -22,40 +23,71 @@ pub struct Move {
     /// Bits of the register that are not moved: a load leaves them alone.
     kept: u64,
     immediate: u64,
+    /// The register that tells.
+    base: u8,
+    /// Its bits that must be 0.
+    alignment: u64,
+}
+
+/// The register on which it depends whether the operand of `width` is aligned, and its
+/// bits that must be 0; `None` where it depends on more.
+fn alignment(instruction: &Instruction, width: Width) -> Option<(u8, u64)> {
+    let mask = width.bytes() - 1;
+    if matches!(instruction.segment_prefix(), Register::FS | Register::GS)
+        || instruction.memory_displacement64() & mask != 0
+    {
+        return None;
+    }
+    let scale = u64::from(instruction.memory_index_scale());
+    let (base, index) = (instruction.memory_base(), instruction.memory_index());
+    let register = match (base, index) {
+        (Register::None | Register::RIP | Register::EIP, Register::None) => return Some((0, 0)),
+        (Register::None, _) if scale & mask == 0 => return Some((0, 0)),
+        (Register::None, index) if scale == 1 => index,
+        (base, Register::None) => base,
+        (base, _) if scale & mask == 0 => base,
+        _ => return None,
+    };
+    let gpr = Gpr::new(register)?;
+    (gpr.index != Gpr::RSP).then_some((gpr.index, mask))
 }
 
 impl Move {
     /// The move that `instruction` is, if it is one.
     pub(super) fn of(instruction: &Instruction) -> Option<Self> {
+        use OpKind::{Memory, Register};
         if !matches!(instruction.mnemonic(), Mnemonic::Mov | Mnemonic::Movzx) {
             return None;
         }
-        let none = Gpr {
-            index: 0,
-            width: Width::Qword,
-            high: false,
-        };
-        let (store, width, gpr, kept, immediate) = match places(instruction).ok()? {
-            (Place::Register(to), Place::Device(width)) => {
-                // A 32-bit result clears the upper half (SDM 1, 3.4.1.1).
-                let kept = match to.width {
-                    Width::Byte if to.high => !0xff00,
-                    Width::Byte | Width::Word => !to.width.mask(),
-                    Width::Dword | Width::Qword => 0,
-                };
-                (false, width, to, kept, 0)
-            }
-            (Place::Device(width), Place::Register(from)) => {
-                let moved = width.mask() << if from.high { 8 } else { 0 };
-                (true, width, from, !moved, 0)
-            }
-            (Place::Device(width), Place::Immediate(value)) => {
-                (true, width, none, u64::MAX, value & width.mask())
-            }
-            _ => return None,
-        };
-        const RSP: u8 = 4;
-        (gpr.index != RSP).then_some(Self {
+        let width = || Width::from_bytes(instruction.memory_size().size() as u64);
+        let (store, width, gpr, kept, immediate) =
+            match (instruction.op0_kind(), instruction.op1_kind()) {
+                (Register, Memory) => {
+                    let to = Gpr::new(instruction.op0_register())?;
+                    // A 32-bit result clears the upper half (SDM 1, 3.4.1.1).
+                    let kept = match to.width {
+                        Width::Byte if to.high => !0xff00,
+                        Width::Byte | Width::Word => !to.width.mask(),
+                        Width::Dword | Width::Qword => 0,
+                    };
+                    (false, width()?, to, kept, 0)
+                }
+                (Memory, Register) => {
+                    let from = Gpr::new(instruction.op1_register())?;
+                    let width = width()?;
+                    let moved = width.mask() << if from.high { 8 } else { 0 };
+                    (true, width, from, !moved, 0)
+                }
+                (Memory, _) => {
+                    let width = width()?;
+                    let value = instruction.try_immediate(1).ok()?;
+                    let none = Gpr::low(Gpr::RAX, Width::Qword);
+                    (true, width, none, u64::MAX, value & width.mask())
+                }
+                _ => return None,
+            };
+        let (base, alignment) = alignment(instruction, width)?;
+        (gpr.index != Gpr::RSP).then_some(Self {
             store,
             width,
             length: instruction.len() as u8,
@@ -63,7 +95,15 @@ impl Move {
             shift: if gpr.high { 8 } else { 0 },
             kept,
             immediate,
+            base,
+            alignment,
         })
+    }
+
+    /// Whether the operand is where one access reaches all of it.
+    #[inline(always)]
+    pub fn is_aligned(&self, registers: &GeneralRegisters) -> bool {
+        registers.get(self.base) & self.alignment == 0
     }
 
     /// What a store writes, in its width.

@@ -233,6 +233,10 @@ fn memory() {
         read32(IO_APIC);
     });
     measure("I/O APIC written", ROUNDS, || write32(IO_APIC, 0));
+    measure("I/O APIC read by 32-bit code", ROUNDS, read_by_32_bit_code);
+    measure("I/O APIC modified by OR", ROUNDS, || {
+        raw!("or dword ptr [{}], 0", in(reg) IO_APIC, options(nostack));
+    });
     // The page before does not count, and is of another large page.
     touch(
         "page of 4 KiB touched",
@@ -245,6 +249,29 @@ fn memory() {
         UNTOUCHED_LARGE,
         LARGE,
         LARGE_PAGES,
+    );
+}
+
+/// A MOV in 32-bit code, with two far returns around it.
+#[inline(never)]
+fn read_by_32_bit_code() {
+    raw!(
+        "push 0x18",
+        "lea {at}, [rip + 2f]",
+        "push {at}",
+        "lea rsi, [rip + 3f]",
+        "retfq",
+        ".code32",
+        "2: mov ecx, [edi]",
+        "push 0x08",
+        "push esi",
+        "retf",
+        ".code64",
+        "3:",
+        at = out(reg) _,
+        out("rsi") _,
+        out("rcx") _,
+        in("rdi") IO_APIC,
     );
 }
 

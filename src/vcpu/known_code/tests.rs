@@ -56,7 +56,7 @@ impl Guest {
 
 fn context(rip: u64, rights: u32) -> Context {
     Context {
-        rip,
+        address: rip,
         cr3: CR3,
         rights,
     }
@@ -71,24 +71,29 @@ const PAGING: Paging = Paging {
     physical_bits: 40,
 };
 
+fn decoded() -> Decoded {
+    Decoded::new(&CODE, Mode::Bits64, 0).unwrap()
+}
+
 fn plan() -> Move {
-    Decoded::new(&CODE, Mode::Bits64)
-        .unwrap()
-        .plain_move()
-        .unwrap()
+    decoded().plain_move().unwrap()
+}
+
+fn find(moves: &KnownCode, guest: &Guest, context: Context) -> Option<Move> {
+    moves.find_move(&guest.memory, context).copied()
 }
 
 /// What is known in `context` after its move was done.
-fn learn(guest: &Guest, context: Context) -> KnownMoves {
-    let mut moves = KnownMoves::default();
-    assert_eq!(moves.find(&guest.memory, context), None);
+fn learn(guest: &Guest, context: Context) -> KnownCode {
+    let mut moves = KnownCode::default();
+    assert_eq!(find(&moves, guest, context), None);
     let mut code = [0; 15];
     if guest
         .memory
-        .read(guest.code(context.rip), &mut code)
+        .read(guest.code(context.address), &mut code)
         .is_ok()
     {
-        moves.remember(&guest.memory, &PAGING, context, &code, plan());
+        moves.remember(&guest.memory, &PAGING, context, &code, &decoded());
     }
     moves
 }
@@ -105,21 +110,21 @@ proptest! {
         let guest = Guest::new(rip, [flags; ENTRIES]);
         let here = context(rip, rights);
         let mut moves = learn(&guest, here);
-        prop_assert_eq!(moves.find(&guest.memory, here), Some(plan()));
+        prop_assert_eq!(find(&moves, &guest, here), Some(plan()));
         if other != rip {
-            prop_assert_eq!(moves.find(&guest.memory, Context { rip: other, ..here }), None);
+            prop_assert_eq!(find(&moves, &guest, Context { address: other, ..here }), None);
         }
-        prop_assert_eq!(moves.find(&guest.memory, Context { cr3: 0x7000, ..here }), None);
-        prop_assert_eq!(moves.find(&guest.memory, Context { rights: rights ^ 0x60, ..here }), None);
+        prop_assert_eq!(find(&moves, &guest, Context { cr3: 0x7000, ..here }), None);
+        prop_assert_eq!(find(&moves, &guest, Context { rights: rights ^ 0x60, ..here }), None);
 
         let at = guest.entries(rip).get(changed).copied().unwrap_or(guest.code(rip));
         let before = guest.memory.read_u64(at).unwrap();
         guest.memory.write(at, &(before ^ 1 << bit).to_le_bytes()).unwrap();
-        prop_assert_eq!(moves.find(&guest.memory, here), None);
+        prop_assert_eq!(find(&moves, &guest, here), None);
         guest.memory.write(at, &before.to_le_bytes()).unwrap();
-        prop_assert_eq!(moves.find(&guest.memory, here), Some(plan()));
+        prop_assert_eq!(find(&moves, &guest, here), Some(plan()));
         moves.clear();
-        prop_assert_eq!(moves.find(&guest.memory, here), None);
+        prop_assert_eq!(find(&moves, &guest, here), None);
     }
 
     /// Nothing is kept that CR4 or EFER could make a fault without an entry changing.
@@ -131,7 +136,7 @@ proptest! {
         let rip = 0x1234_5678_9ab0;
         let guest = Guest::new(rip, flags);
         let here = context(rip, rights);
-        let known = learn(&guest, here).find(&guest.memory, here).is_some();
+        let known = find(&learn(&guest, here), &guest, here).is_some();
         let user_page = flags.iter().all(|flags| flags & 4 != 0);
         let executable = flags.iter().all(|flags| flags >> 63 == 0);
         prop_assert_eq!(known, executable && rights & 4 == 0 && user_page == (rights == USER));
@@ -145,12 +150,43 @@ fn code_that_may_go_on_in_the_next_page_is_not_kept() {
         let guest = Guest::new(rip - 1, [3; ENTRIES]);
         guest.memory.write(guest.code(rip), &CODE[..1]).unwrap();
         let here = context(rip, KERNEL);
-        let mut moves = KnownMoves::default();
-        moves.remember(&guest.memory, &PAGING, here, &CODE[..1], plan());
-        assert_eq!(
-            moves.find(&guest.memory, here).is_some(),
-            kept,
-            "{offset:#x}"
-        );
+        let mut moves = KnownCode::default();
+        moves.remember(&guest.memory, &PAGING, here, &CODE[..1], &decoded());
+        assert_eq!(find(&moves, &guest, here).is_some(), kept, "{offset:#x}");
     }
+}
+
+/// In 32-bit code: an entry of four bytes, of which the one beside it is seen too; and without paging.
+#[test]
+fn other_paging() {
+    const ADDRESS: u64 = 0x40_3120;
+    let guest = Guest::new(0, [3; ENTRIES]);
+    let memory = &guest.memory;
+    let write = |at, value: u32| memory.write(Gpa(at), &value.to_le_bytes()).unwrap();
+    write(CR3 + 4, 0x2003);
+    write(0x2000 + 3 * 4, PAGE as u32 | 3);
+    memory.write(guest.code(ADDRESS), &CODE).unwrap();
+    let narrow = Paging {
+        cr4: 0,
+        efer: 0,
+        ..PAGING
+    };
+    let here = context(ADDRESS, 0xc09b);
+    let mut known = KnownCode::default();
+    let mut code = [0; 15];
+    memory.read(guest.code(ADDRESS), &mut code).unwrap();
+    known.remember(memory, &narrow, here, &code, &decoded());
+    assert_eq!(find(&known, &guest, here), Some(plan()));
+    write(0x2000 + 3 * 4, PAGE as u32 | 1);
+    assert_eq!(find(&known, &guest, here), None);
+    let flat = Paging { cr0: 1, ..narrow };
+    let here = context(guest.code(ADDRESS).0, 0xc09b);
+    known.remember(memory, &flat, here, &code, &decoded());
+    assert_eq!(find(&known, &guest, here), Some(plan()));
+    // fld: whatever is no plain move.
+    let other = Decoded::new(&[0xd9, 0x00], Mode::Bits32, 0).unwrap();
+    memory.write(guest.code(ADDRESS), &[0xd9, 0x00]).unwrap();
+    known.remember(memory, &flat, here, &[0xd9, 0x00], &other);
+    assert!(known.find(memory, here).is_some());
+    assert_eq!(find(&known, &guest, here), None);
 }

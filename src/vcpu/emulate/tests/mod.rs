@@ -1,0 +1,7 @@
+mod forms;
+mod fuzz;
+mod machine;
+mod native;
+
+use super::*;
+use machine::Ram;
