@@ -191,6 +191,13 @@ impl Vcpu {
         Ok(())
     }
 
+    /// The page tables of a task outside long mode.
+    pub(super) fn load_cr3(&mut self, table: Gpa) {
+        self.vmcs.write(guest::CR3, table.0);
+        self.load_pdptes();
+        self.flush_tlb();
+    }
+
     /// Paging goes on or off with EFER.LME set.
     fn switch_long_mode(&mut self, paging: bool, efer: u64) -> Result<(), Exception> {
         let long_code = self.vmcs.read(guest::CS_ACCESS_RIGHTS) & RIGHTS_LONG != 0;

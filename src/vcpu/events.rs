@@ -8,6 +8,7 @@ use crate::vmx::vmcs::{control, guest, information};
 use x86::vmx::vmcs::control::PrimaryControls;
 
 pub use super::fault::Exception;
+use super::fault::{self, Combined};
 
 /// A fault that was raised, and by which instruction: where a guest stops for it,
 /// that is what the operator wants to know.
@@ -79,6 +80,10 @@ impl Vcpu {
     /// Raises `exception` instead of completing the instruction that exited.
     #[cold]
     pub(super) fn raise(&mut self, exception: Exception) {
+        let exception = match self.combined(exception) {
+            Some(exception) => exception,
+            None => return self.triple_fault(),
+        };
         self.raised = Some(Raised {
             exception,
             reason: self.vmcs.read(information::EXIT_REASON) as u16,
@@ -86,6 +91,25 @@ impl Vcpu {
         });
         self.pending.exception = Some(exception);
         self.attend_to(Attention::EVENTS);
+    }
+
+    /// What comes of `exception` where the exit has interrupted the delivery of an event;
+    /// `None` is a triple fault.
+    fn combined(&mut self, exception: Exception) -> Option<Exception> {
+        let event = InterruptionInfo(self.vmcs.read(information::IDT_VECTORING_INFO));
+        if !event.is_valid() {
+            return Some(exception);
+        }
+        // The event is not delivered: what is raised takes its place, as on the CPU.
+        self.pending.interrupted = None;
+        if !event.is_hardware_exception() {
+            return Some(exception);
+        }
+        match fault::combine(event.vector(), exception.vector()) {
+            Combined::Second => Some(exception),
+            Combined::DoubleFault => Some(Exception::DoubleFault),
+            Combined::TripleFault => None,
+        }
     }
 
     /// Delivers the guest's own exception, which has exited. That ends the shadow of
@@ -266,8 +290,10 @@ impl Vcpu {
     fn inject_exception(&mut self, exception: Exception) {
         // A fault pushes RF set, so that its instruction's breakpoint is not met twice; an
         // injection pushes what is there (SDM 3, 18.3.1.1 and 27.6.1.1).
-        let rflags = self.vmcs.read(guest::RFLAGS);
-        self.vmcs.write(guest::RFLAGS, rflags | RFLAGS_RF);
+        if exception != Exception::Debug {
+            let rflags = self.vmcs.read(guest::RFLAGS);
+            self.vmcs.write(guest::RFLAGS, rflags | RFLAGS_RF);
+        }
         if let Exception::PageFault { address, .. } = exception {
             crate::arch::cpu::set_cr2(address);
         }
@@ -299,6 +325,13 @@ impl Vcpu {
             self.primary = primary;
             self.vmcs.write(control::PRIMARY, primary);
         }
+    }
+
+    /// An IRET ends the blocking of NMIs.
+    pub(super) fn unblock_nmis(&mut self) {
+        let interruptibility = self.vmcs.read(guest::INTERRUPTIBILITY);
+        self.vmcs
+            .write(guest::INTERRUPTIBILITY, interruptibility & !BLOCKED_BY_NMI);
     }
 
     /// Moves past the instruction that exited, as completing it would: its

@@ -83,6 +83,8 @@ impl PhysicalMark for GuestMemory {
 enum Accessor {
     /// An instruction, at its privilege level.
     Instruction,
+    /// The same at level 3, or below.
+    User(bool),
     /// The CPU itself, in descriptor tables and task state segments.
     System,
 }
@@ -155,6 +157,7 @@ impl Vcpu {
         let mut paging = self.paging();
         let user = match accessor {
             Accessor::Instruction => self.cpl() == 3,
+            Accessor::User(user) => user,
             Accessor::System => {
                 // RFLAGS.AC lifts SMAP only for what is explicit (SDM 3, 5.6).
                 paging.rflags &= !RFLAGS_AC;
@@ -316,6 +319,21 @@ impl<'a> Execution<'a> {
             this.translate(at, Operation::Write)
         })
         .map(|_| ())
+    }
+
+    /// Writes as code at privilege level `cpl` would.
+    pub(super) fn store_at_level(
+        &mut self,
+        linear: u64,
+        bytes: &[u8],
+        cpl: u8,
+    ) -> Result<(), Exception> {
+        let accessor = Accessor::User(cpl == 3);
+        let pieces = self.pieces(linear, bytes.len(), |this, at| {
+            this.vcpu.translate(at, Operation::Write, accessor)
+        })?;
+        self.write_pieces(pieces, bytes);
+        Ok(())
     }
 
     fn read_pieces(&mut self, (first, count, second): (Gpa, usize, Gpa), bytes: &mut [u8]) {

@@ -66,14 +66,8 @@ impl Vcpu {
             Exit::VmxInstruction | Exit::Mwait | Exit::Monitor | Exit::DebugRegister => {
                 return Err(Exception::InvalidOpcode);
             }
-            Exit::TripleFault => {
-                let rip = self.vmcs.read(guest::RIP);
-                self.end(End::TripleFault {
-                    rip: Gva(rip),
-                    raised: self.raised.filter(|raised| raised.rip == rip),
-                });
-            }
-            Exit::TaskSwitch => self.end(End::Unsupported("a hardware task switch")),
+            Exit::TripleFault => self.triple_fault(),
+            Exit::TaskSwitch(switch) => self.task_switch(switch, registers)?,
             // The host's CPUs get neither while a guest runs on them.
             Exit::Init => self.end(End::Unsupported("an INIT signal")),
             Exit::StartUp => self.end(End::Unsupported("a start-up IPI")),
@@ -95,6 +89,15 @@ impl Vcpu {
             }),
         }
         Ok(())
+    }
+
+    /// The guest has raised an exception that cannot be delivered.
+    pub(super) fn triple_fault(&mut self) {
+        let rip = self.vmcs.read(guest::RIP);
+        self.end(End::TripleFault {
+            rip: Gva(rip),
+            raised: self.raised.filter(|raised| raised.rip == rip),
+        });
     }
 
     fn answer_cpuid(&mut self, registers: &mut LightRegisters) {

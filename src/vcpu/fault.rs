@@ -6,8 +6,11 @@ use core::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exception {
     DivideError,
+    /// A trap, whose conditions are in DR6.
+    Debug,
     BoundRange,
     InvalidOpcode,
+    DoubleFault,
     /// With error code 0.
     GeneralProtection,
     /// Something is wrong with a segment: mostly the one that the error code selects.
@@ -52,8 +55,10 @@ impl Exception {
     pub const fn vector(self) -> u8 {
         match self {
             Self::DivideError => 0,
+            Self::Debug => 1,
             Self::BoundRange => 5,
             Self::InvalidOpcode => 6,
+            Self::DoubleFault => 8,
             Self::GeneralProtection => 13,
             Self::Segment(fault, _) => fault as u8,
             Self::PageFault { .. } => 14,
@@ -64,8 +69,8 @@ impl Exception {
     /// What protected mode pushes behind the return address; real mode never pushes one.
     pub const fn error_code(self) -> Option<u32> {
         match self {
-            Self::DivideError | Self::BoundRange | Self::InvalidOpcode => None,
-            Self::GeneralProtection | Self::AlignmentCheck => Some(0),
+            Self::DivideError | Self::Debug | Self::BoundRange | Self::InvalidOpcode => None,
+            Self::DoubleFault | Self::GeneralProtection | Self::AlignmentCheck => Some(0),
             Self::Segment(_, error_code) => Some(error_code as u32),
             Self::PageFault { error_code, .. } => Some(error_code),
         }
@@ -76,6 +81,7 @@ impl fmt::Display for Exception {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::DivideError => "#DE",
+            Self::Debug => "#DB",
             Self::BoundRange => "#BR",
             Self::InvalidOpcode => "#UD",
             Self::Segment(SegmentFault::InvalidTss, _) => "#TS",
@@ -84,6 +90,79 @@ impl fmt::Display for Exception {
             Self::GeneralProtection | Self::Segment(SegmentFault::GeneralProtection, _) => "#GP",
             Self::PageFault { .. } => "#PF",
             Self::AlignmentCheck => "#AC",
+            Self::DoubleFault => "#DF",
         })
+    }
+}
+
+/// What comes of an exception in the delivery of another one (SDM 3, table 7-5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Combined {
+    /// The second one alone: the first one comes back when its instruction is executed again.
+    Second,
+    DoubleFault,
+    /// The CPU shuts down.
+    TripleFault,
+}
+
+/// What comes of exception `second` in the delivery of exception `first`.
+pub const fn combine(first: u8, second: u8) -> Combined {
+    const DOUBLE_FAULT: u8 = 8;
+    const PAGE_FAULT: u8 = 14;
+    const fn is_contributory(vector: u8) -> bool {
+        matches!(vector, 0 | 10..=13 | 21)
+    }
+    const fn is_page_fault(vector: u8) -> bool {
+        // A virtualization exception counts as one.
+        matches!(vector, PAGE_FAULT | 20)
+    }
+    let serious = is_contributory(second) || is_page_fault(second);
+    if first == DOUBLE_FAULT && serious {
+        Combined::TripleFault
+    } else if is_contributory(first) && is_contributory(second) || is_page_fault(first) && serious {
+        Combined::DoubleFault
+    } else {
+        Combined::Second
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exceptions_in_the_delivery_of_others() {
+        use Combined::{DoubleFault, Second, TripleFault};
+        let (benign, contributory, page_fault, double_fault) = (6, 13, 14, 8);
+        for (first, second, expected) in [
+            (benign, benign, Second),
+            (benign, contributory, Second),
+            (benign, page_fault, Second),
+            (contributory, benign, Second),
+            (contributory, contributory, DoubleFault),
+            (contributory, page_fault, Second),
+            (page_fault, benign, Second),
+            (page_fault, contributory, DoubleFault),
+            (page_fault, page_fault, DoubleFault),
+            (double_fault, benign, Second),
+            (double_fault, contributory, TripleFault),
+            (double_fault, page_fault, TripleFault),
+        ] {
+            assert_eq!(combine(first, second), expected, "{first} {second}");
+        }
+        // #DB and #AC are benign, #DE and #SS are not.
+        assert_eq!((combine(0, 12), combine(17, 1)), (DoubleFault, Second));
+    }
+
+    #[test]
+    fn vectors_and_error_codes() {
+        let fault = SegmentFault::NotPresent.of(0x2b);
+        assert_eq!((fault.vector(), fault.error_code()), (11, Some(0x28)));
+        assert_eq!(
+            SegmentFault::GeneralProtection.with(0),
+            Exception::GeneralProtection
+        );
+        assert_eq!(Exception::STACK.error_code(), Some(0));
+        assert_eq!(Exception::DivideError.error_code(), None);
     }
 }

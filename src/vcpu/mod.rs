@@ -29,6 +29,7 @@ pub mod pvclock;
 pub mod run;
 pub mod segmentation;
 pub mod state;
+pub mod task_switch;
 mod timer;
 pub mod tsc;
 mod virtual_apic;

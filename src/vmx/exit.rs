@@ -21,7 +21,7 @@ pub enum Exit {
     StartUp,
     InterruptWindow,
     NmiWindow,
-    TaskSwitch,
+    TaskSwitch(TaskSwitch),
     Cpuid,
     Hlt,
     /// INVD, or WBINVD and WBNOINVD.
@@ -82,6 +82,11 @@ impl InterruptionInfo {
     /// Software interrupts and exceptions need the instruction length at injection.
     pub const fn is_software(self) -> bool {
         matches!(self.0 >> 8 & 7, 4..=6)
+    }
+
+    /// An exception of the CPU's own, not of an INT instruction.
+    pub const fn is_hardware_exception(self) -> bool {
+        self.0 >> 8 & 7 == 3
     }
 
     /// The exception was raised by an IRET, which had ended the blocking of NMIs; not
@@ -180,6 +185,39 @@ impl IoAccess {
     }
 }
 
+/// The exit qualification of a task switch (28.2.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TaskSwitch {
+    /// Of the new task's TSS.
+    pub selector: u16,
+    pub source: TaskSwitchSource,
+}
+
+/// What has asked for a task switch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TaskSwitchSource {
+    Call,
+    Iret,
+    Jump,
+    /// A task gate in the IDT.
+    Gate,
+}
+
+impl TaskSwitch {
+    /// From the exit qualification.
+    pub const fn decode(qualification: u64) -> Self {
+        Self {
+            selector: qualification as u16,
+            source: match qualification >> 30 & 3 {
+                0 => TaskSwitchSource::Call,
+                1 => TaskSwitchSource::Iret,
+                2 => TaskSwitchSource::Jump,
+                _ => TaskSwitchSource::Gate,
+            },
+        }
+    }
+}
+
 /// The exit qualification of an EPT violation (28.2.1), and its address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EptViolation {
@@ -229,7 +267,7 @@ impl Exit {
             4 => Self::StartUp,
             7 => Self::InterruptWindow,
             8 => Self::NmiWindow,
-            9 => Self::TaskSwitch,
+            9 => Self::TaskSwitch(TaskSwitch::decode(qualification())),
             10 => Self::Cpuid,
             12 => Self::Hlt,
             13 | 54 => Self::CacheInvalidation,
@@ -306,6 +344,11 @@ mod tests {
         assert_eq!(
             ControlRegisterAccess::decode(0x0001_0030),
             ControlRegisterAccess::Lmsw(1)
+        );
+        let switch = TaskSwitch::decode(0x4000_0058);
+        assert_eq!(
+            (switch.selector, switch.source),
+            (0x58, TaskSwitchSource::Iret)
         );
     }
 
