@@ -70,6 +70,7 @@ pub fn add(suite: &mut Suite) {
     suite.add("guests::more_cpus_than_there_are", more_cpus_than_there_are);
     suite.add("guests::test_device", test_device);
     suite.add("guests::emulation", emulation);
+    suite.add("guests::tasks", tasks);
     suite.add("guests::spin", spin);
 }
 
@@ -345,6 +346,14 @@ fn emulation(case: &mut Case) -> Result<()> {
         .volume(&config, &[("kernel", &kernel)])?
         .limit(120)
         .run()?;
+    results(case, "", &seen.console);
+    case.check_equal("it powers off", seen.ending, Ending::Status(0));
+    Ok(())
+}
+
+/// Task switches: every check of the guest is a result of its own.
+fn tasks(case: &mut Case) -> Result<()> {
+    let seen = boot(case, "tasks", &[], 120)?;
     results(case, "", &seen.console);
     case.check_equal("it powers off", seen.ending, Ending::Status(0));
     Ok(())

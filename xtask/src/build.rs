@@ -142,7 +142,7 @@ fn efi_application(program: &Program, env: &[(&str, &Path)], file: &str) -> Resu
 }
 
 /// The small guests: the programs in `tests/guests`.
-pub const GUESTS: [&str; 14] = [
+pub const GUESTS: [&str; 15] = [
     "pc",
     "triple",
     "vmxon",
@@ -157,6 +157,7 @@ pub const GUESTS: [&str; 14] = [
     "test_device",
     "multiboot",
     "emulation",
+    "tasks",
 ];
 
 /// Builds the small guest `name`, one of the programs in `tests/guests`.

@@ -8,7 +8,7 @@ use super::shift::{self, Shift};
 use super::{EmulateError, Intent, Machine, Result, Step};
 use crate::devices::Width;
 use crate::vcpu::fault::Exception;
-use iced_x86::{ConditionCode, Mnemonic};
+use iced_x86::{ConditionCode, Mnemonic, OpKind};
 
 /// Whether the condition of a Jcc, SETcc or CMOVcc holds.
 fn holds(condition: ConditionCode, rflags: u64) -> bool {
@@ -133,7 +133,13 @@ impl<M: Machine> Step<'_, '_, M> {
                 let (old, new) = (self.read(to)?, self.read(from)?);
                 self.write(to, if holds { new } else { old })
             }
-            (_, 1) if self.instruction.flow_control() == iced_x86::FlowControl::Next => {
+            // The others are jumps.
+            (_, 1)
+                if matches!(
+                    self.instruction.op0_kind(),
+                    OpKind::Register | OpKind::Memory
+                ) =>
+            {
                 let to = self.place(0)?;
                 self.write(to, holds.into())
             }

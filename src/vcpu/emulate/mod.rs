@@ -174,6 +174,17 @@ pub fn prepare() {
     let _ = Decoded::new(&[], Mode::Bits64, 0);
 }
 
+/// Whether an instruction has a prefix that the decoder does not know: AVX-512.
+fn has_evex(bytes: &[u8], mode: Mode) -> bool {
+    const EVEX: u8 = 0x62;
+    const SEGMENTS_AND_ADDRESS_SIZE: [u8; 7] = [0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x67];
+    let mut others = bytes
+        .iter()
+        .filter(|byte| !SEGMENTS_AND_ADDRESS_SIZE.contains(byte));
+    // Elsewhere it may be BOUND, which the decoder knows.
+    others.next() == Some(&EVEX) && (mode == Mode::Bits64 || others.next() >= Some(&0xc0))
+}
+
 impl Decoded {
     /// Decodes the instruction at `rip` that starts `bytes` (up to 15 of them).
     ///
@@ -190,6 +201,7 @@ impl Decoded {
         match decoder.last_error() {
             DecoderError::None => Ok(Self { instruction, mode }),
             DecoderError::NoMoreBytes if bytes.len() < 15 => Err(EmulateError::Incomplete),
+            _ if has_evex(bytes, mode) => Err(EmulateError::Unsupported),
             _ => Err(Exception::InvalidOpcode.into()),
         }
     }

@@ -2,7 +2,7 @@
 
 use super::{EmulateError, Intent, Machine, Result, Step, VectorRegister};
 use crate::vcpu::fault::Exception;
-use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 /// Which bytes of the register are moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,21 +54,21 @@ impl Transfer {
     /// What `instruction` moves, if it is one of these.
     pub fn of(instruction: &Instruction) -> Option<Self> {
         use Mnemonic as M;
-        let (aligned, part) = match instruction.mnemonic() {
+        let (vex, aligned, part) = match instruction.mnemonic() {
             M::Movaps
             | M::Movapd
             | M::Movdqa
             | M::Movntps
             | M::Movntpd
             | M::Movntdq
-            | M::Movntdqa
-            | M::Vmovaps
+            | M::Movntdqa => (false, true, Part::All),
+            M::Vmovaps
             | M::Vmovapd
             | M::Vmovdqa
             | M::Vmovntps
             | M::Vmovntpd
             | M::Vmovntdq
-            | M::Vmovntdqa => (true, Part::All),
+            | M::Vmovntdqa => (true, true, Part::All),
             M::Movups
             | M::Movupd
             | M::Movdqu
@@ -77,22 +77,19 @@ impl Transfer {
             | M::Movsd
             | M::Movd
             | M::Movq
-            | M::Movntq
-            | M::Vmovups
+            | M::Movntq => (false, false, Part::All),
+            M::Vmovups
             | M::Vmovupd
             | M::Vmovdqu
             | M::Vlddqu
             | M::Vmovss
             | M::Vmovsd
             | M::Vmovd
-            | M::Vmovq => (false, Part::All),
-            M::Movlps | M::Movlpd | M::Vmovlps | M::Vmovlpd => (false, Part::Low),
-            M::Movhps | M::Movhpd | M::Vmovhps | M::Vmovhpd => (false, Part::High),
-            _ => return None,
-        };
-        let vex = match instruction.encoding() {
-            EncodingKind::Legacy => false,
-            EncodingKind::VEX => true,
+            | M::Vmovq => (true, false, Part::All),
+            M::Movlps | M::Movlpd => (false, false, Part::Low),
+            M::Vmovlps | M::Vmovlpd => (true, false, Part::Low),
+            M::Movhps | M::Movhpd => (false, false, Part::High),
+            M::Vmovhps | M::Vmovhpd => (true, false, Part::High),
             _ => return None,
         };
         let store = instruction.op0_kind() == OpKind::Memory;
