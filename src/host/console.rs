@@ -147,11 +147,12 @@ pub static OPERATOR: Line = Line::new(&serial::COM1, io_apic::COM1_IRQ);
 /// The second one, which a guest may have for itself.
 pub static SECOND: Line = Line::new(&serial::COM2, io_apic::COM2_IRQ);
 
-/// Called when bytes have moved; null for nobody.
+/// Called when bytes have moved; null for nobody. What the function uses was there before it was
+/// stored: release and acquire.
 static ON_MOVED: AtomicPtr<()> = AtomicPtr::new(ptr::null_mut());
 
 /// The local APIC identifier of the CPU that the UARTs interrupt. Written before there are
-/// others.
+/// others, which their start orders behind it: relaxed.
 static CPU: AtomicU32 = AtomicU32::new(0);
 
 /// Has `hook` called after each interrupt of a UART, on the CPU that it interrupts, with

@@ -27,8 +27,12 @@ pub const SPURIOUS: u8 = 0xff;
 /// A handler; it is passed its vector. It must not wait.
 pub type Handler = fn(u8);
 
+/// By vector; null for none. What a handler uses was there before it was registered: release and
+/// acquire.
 static HANDLERS: [AtomicPtr<()>; 256] = [const { AtomicPtr::new(ptr::null_mut()) }; 256];
+/// A number for people: relaxed.
 static UNEXPECTED: AtomicU64 = AtomicU64::new(0);
+/// As [`HANDLERS`].
 static NMI: AtomicPtr<()> = AtomicPtr::new(ptr::null_mut());
 
 fn load(slot: &AtomicPtr<()>) -> Option<Handler> {

@@ -62,6 +62,9 @@ pub enum Mode {
     X2Apic = 2,
 }
 
+// All three are written by the bootstrap processor before it starts the others, whose start is an
+// interrupt behind that: they read relaxed.
+/// The [`Mode`] of all CPUs.
 static MODE: AtomicU8 = AtomicU8::new(Mode::Off as u8);
 /// Where the registers are mapped in xAPIC mode.
 static MAPPED: AtomicU64 = AtomicU64::new(0);
@@ -230,7 +233,7 @@ pub unsafe fn init() -> Result<Mode, MapError> {
         MAPPED.store(registers.0, Ordering::Relaxed);
         Mode::XApic
     };
-    MODE.store(mode as u8, Ordering::Release);
+    MODE.store(mode as u8, Ordering::Relaxed);
     // SAFETY: the mode is set.
     unsafe { init_this_cpu() };
     Ok(mode)

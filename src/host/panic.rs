@@ -17,9 +17,10 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 /// Frames in a backtrace.
 const DEPTH: usize = 32;
 
-/// The local APIC identifier of the CPU that dies, plus 1; 0 while none does.
+/// The local APIC identifier of the CPU that dies, plus 1; 0 while none does. One wins, and who
+/// finds it won also finds what it did before (acquire and release).
 static DYING: AtomicU64 = AtomicU64::new(0);
-/// How often that CPU has come here.
+/// How often that CPU has come here. It alone counts, through exceptions that interrupt it.
 static DEPTHS: AtomicU32 = AtomicU32::new(0);
 
 /// The serial port and the screen.

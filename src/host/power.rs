@@ -35,9 +35,11 @@ const READING_TICKS: u64 = READING_SECONDS * 2_000_000_000;
 /// ResetSystem: type, status, size of the data, data.
 type ResetSystem = unsafe extern "efiapi" fn(u32, usize, usize, *const u8);
 
-/// Where the firmware's ResetSystem is mapped, 0 when it is not.
+/// Where the firmware's ResetSystem is mapped, 0 when it is not. Stored behind the mapping, and so
+/// released and acquired.
 static RESET_SYSTEM: AtomicU64 = AtomicU64::new(0);
-/// The ways that were tried.
+/// The ways that were tried: each once, whichever CPU or exception comes here. Nothing is read
+/// because of it, but a way that died is seen to have been tried (acquire and release).
 static TRIED: AtomicU32 = AtomicU32::new(0);
 
 /// How the machine is turned off.

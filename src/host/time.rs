@@ -38,6 +38,7 @@ const SPEAKER: u8 = 1 << 1;
 /// Port B: the output of PIT channel 2.
 const OUT_2: u8 = 1 << 5;
 
+/// Ticks a second. Written before other CPUs are started: relaxed.
 static TSC_HZ: AtomicU64 = AtomicU64::new(0);
 
 /// What the frequency was taken from.

@@ -24,6 +24,7 @@ const WHOSE: &str = "vireo: ";
 static MEMORY: Mutex<Ring<RING>> = Mutex::new(Ring::new());
 /// Who wants it quiet; no other memory is read because of it.
 static QUIET: AtomicU32 = AtomicU32::new(0);
+/// See [`lost`]. A number for people: relaxed.
 static LOST: AtomicU64 = AtomicU64::new(0);
 
 struct Backend;

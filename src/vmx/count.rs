@@ -18,6 +18,8 @@ const EXITS: usize = 0;
 const READS: usize = 1;
 const WRITES: usize = 2;
 
+// One vCPU runs where this is built in, and counts: relaxed.
+/// Since [`reset`].
 static SUMS: Counts = [const { AtomicU64::new(0) }; 3];
 /// [`SUMS`] at the last exit, and its reason.
 static BEFORE: Counts = [const { AtomicU64::new(0) }; 3];

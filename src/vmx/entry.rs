@@ -390,12 +390,14 @@ struct Frame {
     registers: GeneralRegisters,
     /// Called where a light handler was not enough.
     handler: unsafe extern "C" fn(*mut Frame, Verdict) -> Next,
-    /// The [`LightTable`] of the guest, or the one that times it.
+    /// The [`LightTable`] of the guest, or the one that times it. Released behind `times`, which the
+    /// timing handlers use; x86 keeps the stub's loads in order.
     light: AtomicPtr<()>,
     /// The stack pointer of [`enter`]'s caller.
     run_rsp: u64,
     /// The guest of the handlers.
     context: *mut (),
+    /// By basic reason. Only the exit stub writes them, and readers are people: relaxed.
     counts: [AtomicU64; REASONS],
     /// Those of [`Shared`], once they are wanted.
     times: AtomicPtr<ExitTimes>,

@@ -51,7 +51,7 @@ impl Times {
     }
 }
 
-/// [`Times`], recorded.
+/// [`Times`], recorded by one CPU and read by people on any: relaxed.
 #[derive(Debug, Default)]
 struct Recorder {
     total: AtomicU64,

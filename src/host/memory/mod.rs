@@ -12,7 +12,8 @@ use spin::Mutex;
 use vireo_handoff::{BootInfo, MemoryKind};
 
 static FRAMES: Mutex<FrameAllocator> = Mutex::new(FrameAllocator::new());
-/// Bytes that the loader has filled: the kernel's image, its tables, and files.
+/// Bytes that the loader has filled: the kernel's image, its tables, and files. A number for
+/// people: relaxed.
 static LOADED: AtomicU64 = AtomicU64::new(0);
 
 /// Takes over the machine's free memory and the loader's page tables.
