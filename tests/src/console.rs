@@ -298,7 +298,7 @@ kernel = "echo"
 name = "tiny"
 memory = "4M"
 kernel = "echo"
-cpus = [1]
+vcpus = 2
 "#;
 
 /// What is typed at once: so many times a guest is created, started and destroyed.
@@ -343,7 +343,7 @@ fn thousand_rounds(case: &mut Case) -> Result<()> {
     }
     case.check(
         "what is destroyed is a section of the configuration only",
-        console.contains(" 2  tiny      4 MiB      1  -               0  not created"),
+        console.contains(" 2  tiny      4 MiB      2  -               0  not created"),
         console,
     );
     case.check_equal(
