@@ -68,7 +68,8 @@ enum Life {
 struct Past {
     tier: ApicTier,
     exits: Exits,
-    /// Of each vCPU.
+    /// Of each vCPU, as the traces.
+    each: Vec<Exits>,
     traces: Vec<Vec<Traced>>,
 }
 
@@ -143,8 +144,14 @@ impl Running {
         Some(Past {
             tier: self.tier?,
             exits: self.exits(),
+            each: self.exits_of_each(),
             traces: self.traces(),
         })
+    }
+
+    fn exits_of_each(&self) -> Vec<Exits> {
+        let exits = |vcpu: &Statistics<Vcpu>| Exits::new(&vcpu.counts(), vcpu.times());
+        self.statistics.iter().map(exits).collect()
     }
 
     /// Of each vCPU.
@@ -479,6 +486,15 @@ impl Guest {
             return Err("it has ended");
         }
         Ok(shown)
+    }
+
+    /// The exits of each of its vCPUs that are there.
+    pub fn exits_of_each(&self) -> Vec<Exits> {
+        self.with(|life| match life {
+            Life::Running(running) => running.exits_of_each(),
+            Life::Ended { was: Some(was), .. } => was.each.clone(),
+            _ => Vec::new(),
+        })
     }
 
     /// The last exits of each of its vCPUs that are there, the oldest first.

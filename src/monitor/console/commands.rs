@@ -20,6 +20,8 @@ pub trait Machine {
     fn ticks_per_second(&self) -> u64;
     /// The time-stamp counter.
     fn now(&self) -> u64;
+    /// The VM exits of each vCPU of the guest with this index.
+    fn exits_of_each(&self, guest: usize) -> Vec<Exits>;
     /// The last VM exits of each vCPU of the guest with this index, the oldest first.
     fn traces(&self, guest: usize) -> Vec<Vec<Traced>>;
     /// The log's lines, as far as they are still there.
@@ -388,11 +390,11 @@ fn statistics(
         ["--json"] => true,
         _ => return Err(wrong_arguments("stat")),
     };
-    let mut guests = machine.guests();
+    let mut guests: Vec<(usize, Guest)> = machine.guests().into_iter().enumerate().collect();
     match names[..] {
         [] => {}
         [name] => {
-            guests.retain(|guest| guest.name == name);
+            guests.retain(|(_, guest)| guest.name == name);
             if guests.is_empty() {
                 return Err(Complaint::NoGuest(name.into()));
             }
@@ -401,9 +403,9 @@ fn statistics(
     }
     let hz = machine.ticks_per_second();
     if json {
-        return at_once(statistics_json(&guests, hz, out));
+        return at_once(statistics_json(machine, &guests, out));
     }
-    for Guest { name, exits, .. } in &guests {
+    for (index, Guest { name, exits, .. }) in &guests {
         match exits {
             None => writeln!(out, "{name} has not started")?,
             Some(exits) if exits.timed() => {
@@ -413,19 +415,34 @@ fn statistics(
             }
             Some(exits) => write!(out, "{name}:\n{}", exits.table())?,
         }
+        let each = machine.exits_of_each(*index);
+        for (exits, vcpu) in each.iter().zip(0..).filter(|_| each.len() > 1) {
+            writeln!(out, "vCPU {vcpu}: {}", exits.line())?;
+        }
     }
     Ok(None)
 }
 
-/// One line: an object with the `vms` that have started.
-fn statistics_json(guests: &[Guest], hz: u64, out: &mut Text) -> fmt::Result {
+/// One line: an object with the `vms` that have started, each with its `vcpus`.
+fn statistics_json(
+    machine: &dyn Machine,
+    guests: &[(usize, Guest)],
+    out: &mut Text,
+) -> fmt::Result {
+    let hz = machine.ticks_per_second();
     write!(out, "{{\"ticks_per_second\":{hz},\"vms\":[")?;
     let mut separator = "";
-    for guest in guests {
+    for (index, guest) in guests {
         if let Some(exits) = &guest.exits {
             // Names are letters, digits, - and _.
             let name = &guest.name;
-            write!(out, "{separator}{{\"name\":\"{name}\",{}}}", exits.json())?;
+            write!(out, "{separator}{{\"name\":\"{name}\",{}", exits.json())?;
+            separator = ",\"vcpus\":[";
+            for exits in machine.exits_of_each(*index) {
+                write!(out, "{separator}{{{}}}", exits.json())?;
+                separator = ",";
+            }
+            out.write_str(if separator == "," { "]}" } else { "}" })?;
             separator = ",";
         }
     }
@@ -586,6 +603,18 @@ mod tests {
 
         fn now(&self) -> u64 {
             5000
+        }
+
+        fn exits_of_each(&self, guest: usize) -> Vec<Exits> {
+            let exits = |cpuid, io| {
+                let mut counts = [0; 64];
+                (counts[10], counts[30]) = (cpuid, io);
+                Exits::new(&counts, None)
+            };
+            match guest {
+                0 => vec![exits(1000, 0), exits(0, 500)],
+                _ => vec![],
+            }
         }
 
         fn traces(&self, guest: usize) -> Vec<Vec<Traced>> {
@@ -750,14 +779,23 @@ mod tests {
         assert_eq!(all[0], "linux:");
         assert!(all[2].starts_with("all      1500  100.0%"), "{all:?}");
         assert!(all[3].starts_with("CPUID    1000   66.7%"), "{all:?}");
-        assert_eq!(all[5..], ["b has not started"]);
+        assert_eq!(
+            all[5..],
+            [
+                "vCPU 0: 1000 exits: CPUID 1000",
+                "vCPU 1: 500 exits: I/O 500",
+                "b has not started"
+            ]
+        );
         assert_eq!(lines("stat b"), ["b has not started"]);
         assert_eq!(
             lines("stat linux --json"),
             [concat!(
                 r#"{"ticks_per_second":1000,"vms":[{"name":"linux","exits":1500,"reasons":["#,
                 r#"{"reason":"CPUID","count":1000,"share":0.667},"#,
-                r#"{"reason":"I/O","count":500,"share":0.333}]}]}"#
+                r#"{"reason":"I/O","count":500,"share":0.333}],"vcpus":["#,
+                r#"{"exits":1000,"reasons":[{"reason":"CPUID","count":1000,"share":1.000}]},"#,
+                r#"{"exits":500,"reasons":[{"reason":"I/O","count":500,"share":1.000}]}]}]}"#
             )]
         );
         assert_eq!(
