@@ -135,9 +135,13 @@ pub struct Unknown {
 
 /// IA32_MISC_ENABLE: branch-trace and precise-event storage unavailable (bits 11 and 12).
 const MISC_ENABLE_RESET: u64 = 1 << 11 | 1 << 12;
-/// IA32_MISC_ENABLE: fast strings, on which CPUID's ERMS and FSRM rely. The
-/// guest may switch them; the rest names features that it is not shown.
+/// IA32_MISC_ENABLE: fast strings, on which CPUID's ERMS and FSRM rely.
 pub const MISC_ENABLE_FAST_STRINGS: u64 = 1;
+/// IA32_MISC_ENABLE: what a guest may write. Behind fast strings these are switches that remember
+/// and do nothing, for features that are not shown or stay as they are: thermal control, SpeedStep,
+/// MONITOR, the limit of CPUID, xTPR messages, XD.
+const MISC_ENABLE_WRITABLE: u64 =
+    MISC_ENABLE_FAST_STRINGS | 1 << 3 | 1 << 16 | 1 << 18 | 1 << 22 | 1 << 23 | 1 << 34;
 /// IA32_FEATURE_CONTROL: locked, with VMX off in and outside SMX.
 const FEATURE_CONTROL_LOCKED: u64 = 1;
 /// IA32_DEBUGCTL: single-step on branches. LBR (bit 0) has no records to show and is dropped.
@@ -266,7 +270,7 @@ impl Msrs {
             // Linux writes 0 before CPUID, which loads the revision: here it is always loaded.
             BIOS_SIGN_ID => true,
             MISC_ENABLE => {
-                let accepted = (value ^ self.misc_enable) & !MISC_ENABLE_FAST_STRINGS == 0;
+                let accepted = (value ^ self.misc_enable) & !MISC_ENABLE_WRITABLE == 0;
                 if accepted {
                     self.misc_enable = value;
                 }

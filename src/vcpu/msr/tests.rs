@@ -137,7 +137,13 @@ fn misc_enable_has_fast_strings_as_the_host_has() {
     assert_eq!(initial, 0x1801);
     assert_eq!(msrs.write(MISC_ENABLE, initial & !1), Ok(MsrWrite::Done));
     assert_eq!(value(&mut msrs, MISC_ENABLE), 0x1800);
-    for bit in [2, 3, 11, 16, 18, 22, 34] {
+    for bit in [3, 16, 18, 22, 23, 34] {
+        let written = 0x1800 | 1 << bit;
+        assert_eq!(msrs.write(MISC_ENABLE, written), Ok(MsrWrite::Done));
+        assert_eq!(value(&mut msrs, MISC_ENABLE), written);
+    }
+    assert_eq!(msrs.write(MISC_ENABLE, 0x1800), Ok(MsrWrite::Done));
+    for bit in [2, 7, 11, 12, 35] {
         assert_eq!(
             msrs.write(MISC_ENABLE, 0x1800 ^ 1 << bit),
             Err(GeneralProtection),

@@ -2,14 +2,15 @@
 //! real-mode code: in 64-bit mode where the kernel has such an entry point, else in 32-bit
 //! protected mode.
 
-use super::placement::{
-    self, CODE_SELECTOR, CodeSegment, DATA_SELECTOR, Initrd, PAGE_TABLES, PARAMETERS,
-};
+use super::placement::{self, CODE_SELECTOR, CodeSegment, DATA_SELECTOR, Initrd, Places};
 use super::{BootError, EntryMode, EntryState, Images, Machine};
 use crate::addr::Gpa;
 use crate::vm::memory::{GuestMemory, OutOfSlot};
 use crate::vm::memory_map::HIGH_RAM;
 use vireo_handoff::image::{self, ImageError};
+
+const PLACES: Places = Places::USUAL;
+const PARAMETERS: Gpa = PLACES.parameters;
 
 /// Offsets in the set-up header, the same in the image and in the boot parameters.
 mod header {
@@ -146,7 +147,7 @@ pub fn load(images: &Images, machine: &Machine) -> Result<EntryState, BootError>
     }
     memory.write(start, payload)?;
 
-    placement::write_command_line(memory, images.cmdline, header.command_line_size)?;
+    placement::write_command_line(memory, &PLACES, images.cmdline, header.command_line_size)?;
     let initrd = match images.initrd {
         None => None,
         Some(initrd) => {
@@ -161,11 +162,11 @@ pub fn load(images: &Images, machine: &Machine) -> Result<EntryState, BootError>
     } else {
         (EntryMode::Protected32, CodeSegment::Bits32, ENTRY_32)
     };
-    let (gdt_base, gdt_limit) = placement::write_gdt(memory, code)?;
+    let (gdt_base, gdt_limit) = placement::write_gdt(memory, &PLACES, code)?;
     Ok(EntryState {
         mode,
         rip: start.0 + entry,
-        rsp: placement::STACK,
+        rsp: PLACES.stack(),
         rax: 0,
         rsi: PARAMETERS.0,
         rbx: 0,
@@ -193,7 +194,7 @@ fn write_parameters(
     memory.write(at(header::HEAP_END), &[0; 2])?;
     memory.write(
         at(header::COMMAND_LINE),
-        &(placement::COMMAND_LINE.0 as u32).to_le_bytes(),
+        &(PLACES.command_line.start as u32).to_le_bytes(),
     )?;
     if let Some(initrd) = initrd {
         memory.write(at(header::RAMDISK_IMAGE), &initrd.start.to_le_bytes())?;
@@ -216,7 +217,7 @@ fn write_identity_map(memory: &GuestMemory) -> Result<Gpa, OutOfSlot> {
     const TABLE: u64 = 0x1000;
     const PRESENT_WRITABLE: u64 = 3;
     const LARGE: u64 = 1 << 7;
-    let root = PAGE_TABLES;
+    let root = Gpa(PLACES.tables.start);
     let pointers = Gpa(root.0 + TABLE);
     memory.fill(root, 2 * TABLE, 0)?;
     memory.write(root, &(pointers.0 | PRESENT_WRITABLE).to_le_bytes())?;

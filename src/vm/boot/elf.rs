@@ -5,6 +5,7 @@ use crate::addr::Gpa;
 use crate::vm::memory::GuestMemory;
 use crate::vm::memory_map::HIGH_RAM;
 use alloc::vec::Vec;
+use core::ops::Range;
 use object::LittleEndian;
 use object::elf::{FileHeader32, FileHeader64, PT_LOAD};
 use object::read::elf::{FileHeader, ProgramHeader};
@@ -127,7 +128,7 @@ impl<'a> Segments<'a> {
     }
 
     /// Copies them to their places, once all are known to fit, and `entry` to be in what the
-    /// file fills; where the highest ends.
+    /// file fills; where the highest ends. Below [`HIGH_RAM`] they may be in `low`.
     ///
     /// # Errors
     /// What does not fit.
@@ -135,17 +136,18 @@ impl<'a> Segments<'a> {
         mut self,
         entry: u64,
         memory: &GuestMemory,
+        low: &Range<u64>,
         ram_end: u64,
     ) -> Result<u64, BootError> {
         self.0.sort_unstable_by_key(|segment| segment.start);
-        if let Some(lowest) = self.0.first()
-            && lowest.start < HIGH_RAM
-        {
-            return Err(BootError::LoadsTooLow {
-                start: lowest.start,
-            });
+        let too_low = |segment: &&Segment| {
+            segment.start < HIGH_RAM && (segment.start < low.start || segment.end() > low.end)
+        };
+        if let Some(&Segment { start, .. }) = self.0.iter().find(too_low) {
+            return Err(BootError::LoadsTooLow { start });
         }
-        let need = self.0.iter().map(Segment::end).max().unwrap_or(HIGH_RAM);
+        let need = self.0.iter().map(Segment::end).max();
+        let need = need.unwrap_or(HIGH_RAM).max(HIGH_RAM);
         if need > ram_end {
             return Err(BootError::TooLittleMemory {
                 need,

@@ -161,7 +161,7 @@ impl fmt::Display for BootError {
             ),
             Self::LoadsTooLow { start } => write!(
                 f,
-                "the kernel has a segment at {start:#x}, and the first 1 MiB is for its parameters; link it at 0x100000 or higher"
+                "the kernel has a segment at {start:#x}, where its parameters, firmware or devices are; link it at 0x100000 or higher"
             ),
             Self::OverlappingSegments { first, end, second } => write!(
                 f,

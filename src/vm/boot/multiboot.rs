@@ -2,19 +2,17 @@
 //! where it belongs.
 //!
 //! ```text
-//! 0x2000     the boot information, whose address is in EBX
-//! 0x2080     the memory map
-//! 0x2f00     this loader's name
-//! 0x3000     the list of modules
+//! 0x90000    the boot information, whose address is in EBX
+//! 0x90080    the memory map
+//! 0x90f00    this loader's name
+//! 0x91000    the list of modules
 //! ```
 //!
 //! Command lines begin with the file's name, as other loaders have it. Modules follow the
 //! kernel, each at a page of its own, whether it asks for that or not.
 
 use super::elf::{self, Segment, Segments};
-use super::placement::{
-    self, CODE_SELECTOR, CodeSegment, DATA_SELECTOR, PARAMETERS, PlacedModule, TABLES,
-};
+use super::placement::{self, CODE_SELECTOR, CodeSegment, DATA_SELECTOR, PlacedModule, Places};
 use super::{BootError, EntryMode, EntryState, Images, Machine, Module};
 use crate::addr::Gpa;
 use crate::vm::memory::OutOfSlot;
@@ -23,12 +21,14 @@ use alloc::borrow::Cow;
 use vireo_handoff::image::multiboot::{Addresses, Header};
 use vireo_handoff::image::{Content, ImageError};
 
+const PLACES: Places = Places::MULTIBOOT;
+const PARAMETERS: Gpa = PLACES.parameters;
 /// What EAX holds at entry.
 const LOADER_MAGIC: u64 = 0x2bad_b002;
 const LOADER_NAME: &[u8; 6] = b"Vireo\0";
 const LOADER_NAME_AT: Gpa = Gpa(PARAMETERS.0 + 0xf00);
 const MEMORY_MAP: Gpa = Gpa(PARAMETERS.0 + 0x80);
-const MODULES: Gpa = TABLES;
+const MODULES: Gpa = Gpa(PLACES.tables.start);
 const MODULE_ENTRY: u64 = 16;
 /// Bytes of a memory-map entry behind its first field, which says so.
 const MEMORY_MAP_ENTRY: u32 = 20;
@@ -79,10 +79,10 @@ pub fn load(header: &Header, images: &Images, machine: &Machine) -> Result<Entry
             content => return Err(ImageError::NotOf(images.protocol, content).into()),
         },
     };
-    let end = segments.load(entry, memory, ram_end)?;
+    let end = segments.load(entry, memory, &PLACES.kernel, ram_end)?;
 
     let line = with_name(images.name, images.cmdline);
-    placement::write_command_line(memory, &line, COMMAND_LINE_LIMIT)?;
+    placement::write_command_line(memory, &PLACES, &line, COMMAND_LINE_LIMIT)?;
     let initrd = images.initrd.map(|bytes| Module {
         bytes,
         cmdline: Cow::Borrowed(""),
@@ -91,13 +91,13 @@ pub fn load(header: &Header, images: &Images, machine: &Machine) -> Result<Entry
         .into_iter()
         .chain(images.modules.iter().cloned())
         .collect();
-    let modules = placement::write_modules(memory, &all, end..ram_end, MODULE_ENTRY)?;
+    let modules = placement::write_modules(memory, &PLACES, &all, end..ram_end, MODULE_ENTRY)?;
     write_info(&modules, machine)?;
-    let (gdt_base, gdt_limit) = placement::write_gdt(memory, CodeSegment::Bits32)?;
+    let (gdt_base, gdt_limit) = placement::write_gdt(memory, &PLACES, CodeSegment::Bits32)?;
     Ok(EntryState {
         mode: EntryMode::Protected32,
         rip: entry,
-        rsp: placement::STACK,
+        rsp: PLACES.stack(),
         rax: LOADER_MAGIC,
         rsi: 0,
         rbx: PARAMETERS.0,
@@ -193,7 +193,7 @@ fn write_info(modules: &[PlacedModule], machine: &Machine) -> Result<(), OutOfSl
         info::MEMORY_UPPER,
         (below_4g.saturating_sub(HIGH_RAM) >> 10) as u32,
     )?;
-    field(info::COMMAND_LINE, placement::COMMAND_LINE.0 as u32)?;
+    field(info::COMMAND_LINE, PLACES.command_line.start as u32)?;
     field(info::MODULE_COUNT, modules.len() as u32)?;
     field(info::MODULES, MODULES.0 as u32)?;
     field(info::MEMORY_MAP_LENGTH, (at.0 - MEMORY_MAP.0) as u32)?;

@@ -1,14 +1,16 @@
 //! Where the boot protocols put what belongs to a kernel.
 //!
 //! ```text
-//! 0x1000     GDT; the first stack ends below it
-//! 0x2000     the protocol's parameters
-//! 0x3000     page tables, where the protocol starts with paging; else a list of modules
-//! 0x10000    command line
-//! 0x20000    the modules' command lines
-//! 0x100000   the kernel, here or higher; modules follow
-//! initrd     as high as the kernel and 4 GiB allow
+//! Linux, PVH   multiboot
+//! 0x1000       0x8f000    GDT; the first stack ends below it
+//! 0x2000       0x90000    the protocol's parameters
+//! 0x3000       0x91000    page tables, where the protocol starts with paging; else a list of modules
+//! 0x10000      0x94000    command line
+//! 0x20000      0x95000    the modules' command lines
 //! ```
+//!
+//! A multiboot kernel may be below these. Else kernels are at 1 MiB or higher; modules follow
+//! them, and an initrd is as high as the kernel and 4 GiB allow.
 
 use super::{BootError, Module};
 use crate::addr::{Gpa, PAGE_SIZE};
@@ -17,18 +19,41 @@ use crate::vm::memory_map::LOW_RAM_END;
 use alloc::vec::Vec;
 use core::ops::Range;
 
-const GDT: Gpa = Gpa(0x1000);
-pub(super) const PARAMETERS: Gpa = Gpa(0x2000);
-pub(super) const PAGE_TABLES: Gpa = Gpa(0x3000);
-/// Where protocols without page tables put a list of modules.
-pub(super) const TABLES: Gpa = PAGE_TABLES;
-const TABLES_END: Gpa = Gpa(0xf000);
-pub(super) const COMMAND_LINE: Gpa = Gpa(0x1_0000);
-/// The stack is the kernel's own matter; it starts with one below the GDT.
-pub(super) const STACK: u64 = GDT.0;
-const MODULE_COMMAND_LINES: Range<u64> = 0x2_0000..LOW_RAM_END - 0x1000;
-/// Bytes of command line, without its zero, that there is room for.
-const COMMAND_LINE_ROOM: usize = 0xffff;
+/// Places below 1 MiB.
+pub(super) struct Places {
+    pub gdt: Gpa,
+    pub parameters: Gpa,
+    /// Page tables, or a list of modules.
+    pub tables: Range<u64>,
+    pub command_line: Range<u64>,
+    pub module_lines: Range<u64>,
+    /// Where a kernel's segments may be below [`HIGH_RAM`].
+    pub kernel: Range<u64>,
+}
+
+impl Places {
+    pub const USUAL: Self = Self {
+        gdt: Gpa(0x1000),
+        parameters: Gpa(0x2000),
+        tables: 0x3000..0xf000,
+        command_line: 0x1_0000..0x2_0000,
+        module_lines: 0x2_0000..LOW_RAM_END - 0x1000,
+        kernel: 0..0,
+    };
+    pub const MULTIBOOT: Self = Self {
+        gdt: Gpa(0x8_f000),
+        parameters: Gpa(0x9_0000),
+        tables: 0x9_1000..0x9_4000,
+        command_line: 0x9_4000..0x9_5000,
+        module_lines: 0x9_5000..LOW_RAM_END - 0x1000,
+        kernel: 0x1000..0x8_e000,
+    };
+
+    /// The stack is the kernel's own matter; it starts with one below the GDT.
+    pub const fn stack(&self) -> u64 {
+        self.gdt.0
+    }
+}
 
 /// The selectors that the Linux protocol names; the others name none.
 pub(super) const CODE_SELECTOR: u16 = 0x10;
@@ -45,29 +70,36 @@ pub(super) enum CodeSegment {
 const DATA_SEGMENT: u64 = 0x00cf_9300_0000_ffff;
 
 /// Writes a GDT with the two selectors; its base and limit.
-pub(super) fn write_gdt(memory: &GuestMemory, code: CodeSegment) -> Result<(Gpa, u16), OutOfSlot> {
+pub(super) fn write_gdt(
+    memory: &GuestMemory,
+    places: &Places,
+    code: CodeSegment,
+) -> Result<(Gpa, u16), OutOfSlot> {
     let entries = [0, 0, code as u64, DATA_SEGMENT];
-    for (gpa, entry) in (GDT.0..).step_by(8).zip(entries) {
+    for (gpa, entry) in (places.gdt.0..).step_by(8).zip(entries) {
         memory.write(Gpa(gpa), &entry.to_le_bytes())?;
     }
-    Ok((GDT, (entries.len() * 8 - 1) as u16))
+    Ok((places.gdt, (entries.len() * 8 - 1) as u16))
 }
 
-/// Writes the command line and its zero to [`COMMAND_LINE`]; the kernel takes `limit` bytes.
+/// Writes the command line and its zero; the kernel takes `limit` bytes.
 pub(super) fn write_command_line(
     memory: &GuestMemory,
+    places: &Places,
     line: &str,
     limit: usize,
 ) -> Result<(), BootError> {
-    let limit = limit.min(COMMAND_LINE_ROOM);
+    let room = places.command_line.end - places.command_line.start;
+    let limit = limit.min(room as usize - 1);
     if line.len() > limit {
         return Err(BootError::CommandLineTooLong {
             len: line.len(),
             limit,
         });
     }
-    memory.write(COMMAND_LINE, line.as_bytes())?;
-    memory.write(COMMAND_LINE.wrapping_add(line.len() as u64), &[0])?;
+    let at = Gpa(places.command_line.start);
+    memory.write(at, line.as_bytes())?;
+    memory.write(at.wrapping_add(line.len() as u64), &[0])?;
     Ok(())
 }
 
@@ -84,12 +116,13 @@ pub(super) struct PlacedModule {
 /// of them will have entries of `entry` bytes.
 pub(super) fn write_modules(
     memory: &GuestMemory,
+    places: &Places,
     modules: &[Module],
     room: Range<u64>,
     entry: u64,
 ) -> Result<Vec<PlacedModule>, BootError> {
     // One more, for the initrd.
-    let limit = ((TABLES_END.0 - TABLES.0) / entry - 1) as usize;
+    let limit = ((places.tables.end - places.tables.start) / entry - 1) as usize;
     if modules.len() > limit {
         return Err(BootError::TooManyModules {
             count: modules.len(),
@@ -97,7 +130,7 @@ pub(super) fn write_modules(
         });
     }
     let mut next = room.start;
-    let mut line = MODULE_COMMAND_LINES.start;
+    let mut line = places.module_lines.start;
     let mut placed = Vec::new();
     for module in modules {
         let start = next.next_multiple_of(PAGE_SIZE);
@@ -112,10 +145,10 @@ pub(super) fn write_modules(
         memory.write(Gpa(start), module.bytes)?;
         let text = module.cmdline.as_bytes();
         let after = line + text.len() as u64 + 1;
-        if after > MODULE_COMMAND_LINES.end {
+        if after > places.module_lines.end {
             return Err(BootError::CommandLineTooLong {
                 len: modules.iter().map(|module| module.cmdline.len()).sum(),
-                limit: (MODULE_COMMAND_LINES.end - MODULE_COMMAND_LINES.start) as usize,
+                limit: (places.module_lines.end - places.module_lines.start) as usize,
             });
         }
         memory.write(Gpa(line), text)?;

@@ -11,20 +11,20 @@
 //! 0x3000     hvm_modlist_entry: the initrd, then the modules
 //! ```
 
-use super::placement::{
-    self, CODE_SELECTOR, CodeSegment, DATA_SELECTOR, PARAMETERS, PlacedModule, TABLES,
-};
+use super::placement::{self, CODE_SELECTOR, CodeSegment, DATA_SELECTOR, PlacedModule, Places};
 use super::{BootError, EntryMode, EntryState, Images, Machine, elf};
 use crate::addr::Gpa;
 use crate::vm::memory::GuestMemory;
 use alloc::vec::Vec;
 
+const PLACES: Places = Places::USUAL;
+const PARAMETERS: Gpa = PLACES.parameters;
 const START_INFO_MAGIC: u32 = 0x336e_c578;
 /// Version 1 is the first with a memory map.
 const START_INFO_VERSION: u32 = 1;
 const MEMORY_MAP: Gpa = Gpa(PARAMETERS.0 + 0x80);
 const MEMORY_MAP_ENTRY: u64 = 24;
-const MODULES: Gpa = TABLES;
+const MODULES: Gpa = Gpa(PLACES.tables.start);
 const MODULE_ENTRY: u64 = 32;
 /// The protocol sets no limit; this is Linux's COMMAND_LINE_SIZE less its zero.
 const COMMAND_LINE_LIMIT: usize = 2047;
@@ -41,8 +41,10 @@ pub(super) fn load(
     let memory = machine.memory;
     let ram_end = machine.map.ram_below_4g();
     let entry = kernel.pvh_entry.ok_or(BootError::NoPvhEntry)?;
-    let end = kernel.segments.load(entry, memory, ram_end)?;
-    placement::write_command_line(memory, images.cmdline, COMMAND_LINE_LIMIT)?;
+    let end = kernel
+        .segments
+        .load(entry, memory, &PLACES.kernel, ram_end)?;
+    placement::write_command_line(memory, &PLACES, images.cmdline, COMMAND_LINE_LIMIT)?;
     let mut modules = Vec::new();
     if let Some(initrd) = images.initrd {
         let initrd = placement::write_initrd(memory, initrd, end, ram_end)?;
@@ -57,16 +59,17 @@ pub(super) fn load(
         .map_or(ram_end, |initrd| initrd.start.into());
     modules.extend(placement::write_modules(
         memory,
+        &PLACES,
         &images.modules,
         end..below,
         MODULE_ENTRY,
     )?);
     write_start_info(&modules, machine)?;
-    let (gdt_base, gdt_limit) = placement::write_gdt(memory, CodeSegment::Bits32)?;
+    let (gdt_base, gdt_limit) = placement::write_gdt(memory, &PLACES, CodeSegment::Bits32)?;
     Ok(EntryState {
         mode: EntryMode::Protected32,
         rip: entry,
-        rsp: placement::STACK,
+        rsp: PLACES.stack(),
         rax: 0,
         rsi: 0,
         rbx: PARAMETERS.0,
@@ -92,7 +95,7 @@ fn write_start_info(modules: &[PlacedModule], machine: &Machine) -> Result<(), B
     put(&0u32.to_le_bytes())?; // flags: neither privileged nor the initial domain
     put(&(modules.len() as u32).to_le_bytes())?;
     put(&table.to_le_bytes())?;
-    put(&placement::COMMAND_LINE.0.to_le_bytes())?;
+    put(&PLACES.command_line.start.to_le_bytes())?;
     put(&machine.rsdp.0.to_le_bytes())?;
     put(&MEMORY_MAP.0.to_le_bytes())?;
     put(&(ranges.len() as u32).to_le_bytes())?;

@@ -211,6 +211,23 @@ fn command_lines_begin_with_a_name() {
 }
 
 #[test]
+fn a_kernel_may_be_below_1_mib() {
+    let mut guest = Guest::new();
+    guest.modules = vec![Module {
+        bytes: b"module",
+        cmdline: "m".into(),
+    }];
+    let entry = guest
+        .load(&elf(0x8010, &[(0x8000, 64, 0x8_6000)]), "")
+        .unwrap();
+    assert_eq!(guest.ram[0x8010], 1);
+    assert_eq!(guest.ram[0x8_dfff], 0);
+    let info = entry.rbx as u32;
+    assert!(info >= 0x8_e000 && entry.rsp > 0x8_e000);
+    assert_eq!(guest.u32(guest.u32(info + 24)), 0x10_0000);
+}
+
+#[test]
 fn what_cannot_boot_is_named() {
     let have = RAM as u64;
     let start = u64::from(KERNEL);
@@ -250,6 +267,10 @@ fn what_cannot_boot_is_named() {
         (
             elf(KERNEL, &[(0x9_f000, 64, 64)]),
             BootError::LoadsTooLow { start: 0x9_f000 },
+        ),
+        (
+            elf(KERNEL, &[(0x8_0000, 64, 0x8_0001)]),
+            BootError::LoadsTooLow { start: 0x8_0000 },
         ),
         // Behind what the file fills, and far away.
         (
@@ -380,7 +401,7 @@ proptest! {
         guest.protocol = Protocol::Multiboot;
         for image in [&file[..], &file[..len.min(file.len())]] {
             if let Ok(entry) = guest.load(image, "") {
-                prop_assert!((0x10_0000..RAM as u64).contains(&entry.rip));
+                prop_assert!((0x1000..RAM as u64).contains(&entry.rip));
             }
             prop_assert!(guest.ram[0xe_0000..0x10_0000].iter().all(|byte| *byte == 0x55));
         }
