@@ -8,7 +8,7 @@ use super::registry::{Follows, Wanted};
 use super::scheduler::{Scheduler, Task};
 use super::statistics::Exits;
 use super::{log, registry};
-use crate::addr::{Hpa, PAGE_SIZE};
+use crate::addr::{Gpa, Hpa, PAGE_SIZE};
 use crate::arch::cpu;
 use crate::devices::Clock;
 use crate::devices::chipset::ChipsetConfig;
@@ -92,6 +92,9 @@ static BOOT: Once<&'static BootInfo> = Once::new();
 /// The shortest time from one start of a guest to the next by its policy, as a part of a second:
 /// one that crashes at once does not keep its CPU busy.
 const STARTS_A_SECOND: u64 = 1;
+/// Bytes of a guest's memory that are filled with interrupts off: the UART's FIFO holds what comes
+/// in a millisecond.
+const PIECE: u64 = 32 << 10;
 /// How often it is looked whether the line has shown all of an ended guest's console.
 const LOOKS_A_SECOND: u64 = 1000;
 
@@ -523,9 +526,13 @@ impl Loading {
                 SlotKind::Ram => 0,
                 SlotKind::Rom => 0xff,
             };
-            memory
-                .fill(slot.start, slot.len, contents)
-                .map_err(StartError::Tables)?;
+            for done in (0..slot.len).step_by(PIECE as usize) {
+                let piece = PIECE.min(slot.len - done);
+                memory
+                    .fill(Gpa(slot.start.0 + done), piece, contents)
+                    .map_err(StartError::Tables)?;
+                cpu::interrupt_window();
+            }
         }
         Ok(memory)
     }
