@@ -337,6 +337,16 @@ impl Chipset {
         self.wire_pm();
     }
 
+    /// Whether the machine is to end its suspend; firmware is told that it does.
+    pub fn take_wake(&mut self) -> bool {
+        let wakes = self.pm.wakes(self.rtc.line().level());
+        if wakes {
+            self.rtc.show_resume();
+            self.wire_pm();
+        }
+        wakes
+    }
+
     /// Whether the guest masks the NMI (bit 7 of port 0x70).
     pub const fn nmi_masked(&self) -> bool {
         self.rtc.nmi_masked()

@@ -37,6 +37,8 @@ use crate::addr::Gpa;
 pub enum Request {
     /// Soft-off (ACPI S5).
     PowerOff,
+    /// Suspend to RAM (ACPI S3).
+    Suspend,
     /// A reset of the whole machine.
     Reset,
     /// The end, with this code.

@@ -100,6 +100,8 @@ pub const SMI_COMMAND: u16 = 0xb2;
 pub const ACPI_ENABLE: u8 = 0xf1;
 /// Value for [`SMI_COMMAND`] that turns ACPI mode off.
 pub const ACPI_DISABLE: u8 = 0xf0;
+/// SLP_TYP of suspend to RAM.
+pub const S3_SLEEP_TYPE: u8 = 1;
 /// SLP_TYP of soft-off, for the `\_S5` package.
 pub const S5_SLEEP_TYPE: u8 = 5;
 

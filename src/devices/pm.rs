@@ -19,6 +19,8 @@ mod event {
     pub const POWER_BUTTON: u16 = 1 << 8;
     pub const SLEEP_BUTTON: u16 = 1 << 9;
     pub const RTC: u16 = 1 << 10;
+    /// Set on the way out of a sleep.
+    pub const WAKE: u16 = 1 << 15;
     /// What can raise the SCI.
     pub const ENABLE: u16 = TIMER | GLOBAL | POWER_BUTTON | SLEEP_BUTTON | RTC;
 }
@@ -157,7 +159,24 @@ impl PowerManagement {
         self.control = (self.control & !writable) | (value & writable);
         let sleep_type = (self.control & control::SLEEP_TYPE) >> control::SLEEP_TYPE_SHIFT;
         let sleep = value & control::SLEEP_ENABLE != 0;
-        (sleep && sleep_type == u16::from(pc::S5_SLEEP_TYPE)).then_some(Request::PowerOff)
+        let request = match u8::try_from(sleep_type) {
+            Ok(pc::S5_SLEEP_TYPE) => Request::PowerOff,
+            Ok(pc::S3_SLEEP_TYPE) => Request::Suspend,
+            _ => return None,
+        };
+        sleep.then_some(request)
+    }
+
+    /// Whether the machine is to end its sleep: for the power button, or for the real-time
+    /// clock, whose interrupt line is `rtc`.
+    pub fn wakes(&mut self, rtc: bool) -> bool {
+        let clock = if rtc { event::RTC } else { 0 };
+        let wakes = (self.status | clock) & self.enable & (event::RTC | event::POWER_BUTTON) != 0;
+        if wakes {
+            self.status |= event::WAKE | clock;
+            self.update();
+        }
+        wakes
     }
 
     fn byte(&self, now: Ticks, offset: u16) -> u8 {
@@ -233,8 +252,27 @@ mod tests {
             Some(Request::PowerOff)
         );
         assert_eq!(pm.read(now, 4, Width::Word) & 1 << 13, 0);
-        // Another sleep type is no soft-off.
-        assert_eq!(pm.write(now, 4, Width::Word, 1 << 10 | 1 << 13), None);
+        // Other sleep types are none.
+        assert_eq!(pm.write(now, 4, Width::Word, 2 << 10 | 1 << 13), None);
+    }
+
+    #[test]
+    fn a_sleep_ends_by_what_is_enabled() {
+        let mut pm = block();
+        let now = Ticks(100);
+        let sleep = 1 << 10 | 1 << 13;
+        assert_eq!(pm.write(now, 4, Width::Word, sleep), Some(Request::Suspend));
+        pm.press_power_button();
+        assert!(!pm.wakes(true));
+        pm.write(now, 2, Width::Word, 0x400);
+        assert!(!pm.wakes(false));
+        assert!(pm.wakes(true));
+        assert_eq!(pm.read(now, 0, Width::Word), 0x8500);
+        pm.write(now, 2, Width::Word, 0x100);
+        assert!(pm.wakes(false));
+        pm.write(now, 0, Width::Word, 0x8500);
+        assert!(!pm.wakes(false));
+        assert_eq!(pm.read(now, 0, Width::Word), 0);
     }
 
     #[test]

@@ -37,6 +37,8 @@ mod index {
     pub const B: u8 = 0x0b;
     pub const C: u8 = 0x0c;
     pub const D: u8 = 0x0d;
+    /// Why the machine starts, for firmware.
+    pub const SHUTDOWN: u8 = 0x0f;
     pub const CENTURY: u8 = super::pc::RTC_CENTURY;
 }
 
@@ -67,6 +69,9 @@ mod c {
     pub const UPDATE: u8 = 0x10;
     pub const FLAGS: u8 = PERIODIC | ALARM | UPDATE;
 }
+
+/// The shutdown byte after suspend to RAM, as QEMU's chipset has it.
+const SHUTDOWN_RESUME: u8 = 0xfe;
 
 /// Afternoon, in the hours of the 12-hour format.
 const PM: u8 = 0x80;
@@ -143,6 +148,11 @@ impl Rtc {
     /// Writes the index port (0x70).
     pub const fn select(&mut self, index: u8) {
         self.index = index;
+    }
+
+    /// Tells firmware that the machine comes out of suspend to RAM, as chipsets for it do.
+    pub fn show_resume(&mut self) {
+        self.set(index::SHUTDOWN, SHUTDOWN_RESUME);
     }
 
     /// Reads the data port (0x71).

@@ -6,7 +6,7 @@ use super::execution::Execution;
 use super::mmio::ITERATIONS;
 use super::run::End;
 use super::segmentation::Segment;
-use super::{Attention, Vcpu};
+use super::{Attention, Leave, Vcpu};
 use crate::addr::Gpa;
 use crate::arch::registers::{GeneralRegisters, LightRegisters};
 use crate::devices::fw_cfg::Progress;
@@ -189,6 +189,9 @@ impl Vcpu {
     fn obey_device(&mut self, request: Request) -> bool {
         match request {
             Request::PowerOff => self.end(End::PowerOff),
+            // It is the bootstrap processor's to do (ACPI 6.5, 16.1.1).
+            Request::Suspend if self.apic.is_bootstrap() => self.leave_for(Leave::Suspend),
+            Request::Suspend => {}
             Request::Reset => self.end(End::Reset),
             Request::Exit(code) => self.end(End::Exit(code)),
             Request::Console { taken } => {

@@ -4,6 +4,7 @@
 use super::{Activity, Attention, Leave, Vcpu};
 use crate::devices::local_apic::Event;
 use crate::devices::{DeliveryMode, Destination, Message, Trigger};
+use crate::vm::acpi;
 use crate::vm::boot::EntryState;
 use crate::vm::mailbox::{Events, Mailbox};
 use crate::vmx::entry::Entry;
@@ -187,6 +188,20 @@ impl Vcpu {
         } else {
             Activity::AwaitsStartUp
         };
+    }
+
+    /// The end of suspend to RAM: firmware starts again, and what plays its part where there is
+    /// none goes to the waking vector. False where the guest has named none.
+    pub(super) fn resume(&mut self, entry: &mut Entry<Self>) -> bool {
+        self.init(entry);
+        if self.vm.has_firmware() {
+            return true;
+        }
+        let vector = acpi::waking_vector(&self.vm.memory);
+        if let Some(vector) = vector {
+            self.start_at(&EntryState::waking(vector), entry);
+        }
+        vector.is_some()
     }
 
     fn start_at(&mut self, start: &EntryState, entry: &mut Entry<Self>) {

@@ -111,6 +111,8 @@ pub struct Vcpu {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Leave {
     Halt,
+    /// The machine is suspended to RAM.
+    Suspend,
     /// There is mail that is not for between two instructions.
     Mail,
     /// Its turn is over.

@@ -129,6 +129,8 @@ pub(super) enum Activity {
     Running,
     /// It is in HLT.
     Halted,
+    /// The machine is suspended to RAM.
+    Suspended,
     /// It waits for a start-up interrupt (SDM 3, 10.4): in software, since a hypervisor below
     /// may not have that activity state.
     AwaitsStartUp,
@@ -184,6 +186,9 @@ impl Vcpu {
                 match self.look_for_reason_to_wake() {
                     Some(due) => {
                         woken = due;
+                        if self.activity == Activity::Suspended && !self.resume(entry) {
+                            return self.failed(End::Reset);
+                        }
                         self.activity = Activity::Running;
                     }
                     None => return self.wait(),
@@ -211,6 +216,7 @@ impl Vcpu {
             match self.leave.take() {
                 None | Some(Leave::Mail) => {}
                 Some(Leave::Halt) => self.activity = Activity::Halted,
+                Some(Leave::Suspend) => self.activity = Activity::Suspended,
                 Some(Leave::Turn) => return Turn::Yields,
                 Some(Leave::Spin) => return Turn::Spins,
                 Some(Leave::End(end)) => return self.failed(end),
@@ -284,12 +290,22 @@ impl Vcpu {
             woken = Some(due);
         }
         self.advance(now);
-        (self.activity == Activity::Halted && self.has_wake_event()).then_some(woken)
+        let wakes = match self.activity {
+            Activity::Halted => self.has_wake_event(),
+            Activity::Suspended => self.with_chipset(Chipset::take_wake),
+            Activity::Running | Activity::AwaitsStartUp => false,
+        };
+        wakes.then_some(woken)
     }
 
     /// The end of a turn in which the guest has nothing to do.
     fn wait(&mut self) -> Turn {
-        if self.activity == Activity::AwaitsStartUp || self.interrupts_are_off() {
+        let hears_nothing = match self.activity {
+            Activity::Suspended => false,
+            Activity::AwaitsStartUp => true,
+            Activity::Running | Activity::Halted => self.interrupts_are_off(),
+        };
+        if hears_nothing {
             self.deaf = true;
             if self.vm.is_still() {
                 return self.failed(End::HaltedForever);

@@ -73,6 +73,15 @@ pub fn write(memory: &GuestMemory, vcpus: u32) -> Result<Gpa, OutOfSlot> {
     Ok(rsdp)
 }
 
+/// The waking vector that the guest has written into the FACS of [`write`]; `None` where there
+/// is none.
+pub fn waking_vector(memory: &GuestMemory) -> Option<u32> {
+    const VECTOR: u64 = 12;
+    let facs = TABLES_START + u64::from(TABLES_ALIGN);
+    let vector = memory.read_u32(Gpa(facs + VECTOR)).ok()?;
+    (vector != 0).then_some(vector)
+}
+
 impl Tables {
     /// Those for `vcpus` processors.
     pub fn new(vcpus: u32) -> Self {
@@ -375,6 +384,20 @@ mod tests {
         tables.table(tables.u32(fadt + 40) as usize, b"DSDT");
         let facs = tables.u32(fadt + 36) as usize;
         assert_eq!((&tables.ram[facs..][..4], facs % 64), (&b"FACS"[..], 0));
+    }
+
+    #[test]
+    fn the_waking_vector_is_where_the_fadt_says() {
+        let mut tables = Placed::new(1);
+        let fadt = tables.found_in_xsdt(0);
+        let facs = tables.u32(fadt + 36) as usize;
+        let read = |ram: &mut Vec<u8>| {
+            let map = MemoryMap::new(Hpa(ram.as_mut_ptr() as u64), 2 << 20);
+            waking_vector(&GuestMemory::new(map.slots(), 0))
+        };
+        assert_eq!(read(&mut tables.ram), None);
+        tables.ram[facs + 12..facs + 16].copy_from_slice(&0x1234_u32.to_le_bytes());
+        assert_eq!(read(&mut tables.ram), Some(0x1234));
     }
 
     #[test]

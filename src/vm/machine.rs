@@ -212,6 +212,11 @@ impl Vm {
         self.console.unsent() == 0
     }
 
+    /// Whether there is firmware at the reset vector.
+    pub fn has_firmware(&self) -> bool {
+        self.memory.slots().find(Gpa(0xffff_fff0)).is_some()
+    }
+
     /// The EPT pointer for the VMCS.
     ///
     /// # Errors

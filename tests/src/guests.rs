@@ -69,6 +69,7 @@ pub fn add(suite: &mut Suite) {
     suite.add("guests::crash_all_at_once", crash_all_at_once);
     suite.add("guests::more_cpus_than_there_are", more_cpus_than_there_are);
     suite.add("guests::test_device", test_device);
+    suite.add("guests::suspend", suspend);
     suite.add("guests::emulation", emulation);
     suite.add("guests::tasks", tasks);
     suite.add("guests::spin", spin);
@@ -356,6 +357,14 @@ fn tasks(case: &mut Case) -> Result<()> {
     let seen = boot(case, "tasks", &[], 120)?;
     results(case, "", &seen.console);
     case.check_equal("it powers off", seen.ending, Ending::Status(0));
+    Ok(())
+}
+
+/// A guest that sleeps until its clock wakes it, and ends where it has said that it goes on.
+fn suspend(case: &mut Case) -> Result<()> {
+    let seen = boot(case, "suspend", &[], 120)?;
+    case.check("it sleeps", said(&seen, "about to sleep"), &seen.console);
+    case.check_equal("it wakes", seen.ending, Ending::Status(0x2b));
     Ok(())
 }
 

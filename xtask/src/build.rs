@@ -142,7 +142,7 @@ fn efi_application(program: &Program, env: &[(&str, &Path)], file: &str) -> Resu
 }
 
 /// The small guests: the programs in `tests/guests`.
-pub const GUESTS: [&str; 15] = [
+pub const GUESTS: [&str; 16] = [
     "pc",
     "triple",
     "vmxon",
@@ -156,6 +156,7 @@ pub const GUESTS: [&str; 15] = [
     "echo",
     "test_device",
     "multiboot",
+    "suspend",
     "emulation",
     "tasks",
 ];

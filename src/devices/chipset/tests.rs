@@ -323,6 +323,25 @@ fn fw_cfg_is_selected_by_a_word_and_asked_for_transfers_by_two() {
 }
 
 #[test]
+fn an_alarm_of_the_clock_ends_a_suspend() {
+    let mut chipset = chipset();
+    // An alarm each second.
+    for (index, value) in [(1, 0xc0), (3, 0xc0), (5, 0xc0), (0xb, 0x22)] {
+        write(&mut chipset, NOW, &[(0x70, index), (0x71, value)]);
+    }
+    chipset.port_write(NOW, 0x602, Width::Word, 0x400);
+    let asked = chipset.port_write(NOW, 0x604, Width::Word, 1 << 10 | 1 << 13);
+    assert_eq!(asked, Some(Request::Suspend));
+    assert!(!chipset.take_wake());
+    let due = chipset.deadline().unwrap();
+    assert!(due.0 <= NOW.0 + HZ);
+    chipset.advance(due);
+    assert!(chipset.take_wake());
+    write(&mut chipset, due, &[(0x70, 0xf)]);
+    assert_eq!(chipset.port_read(due, 0x71, Width::Byte), 0xfe);
+}
+
+#[test]
 fn firmware_moves_power_management_and_it_stays_where_it_was_too() {
     let mut chipset = with_firmware(true);
     let timer = |chipset: &mut Chipset, port| chipset.port_read(NOW, port, Width::Dword);

@@ -52,6 +52,12 @@ impl EntryState {
         Self::real((page as u16) << 8, (page as u32) << 12, 0)
     }
 
+    /// At a waking vector in real mode (ACPI 6.5, 16.3.1).
+    pub const fn waking(vector: u32) -> Self {
+        let selector = (vector >> 4) as u16;
+        Self::real(selector, (selector as u32) << 4, (vector & 0xf) as u64)
+    }
+
     const fn real(code_selector: u16, code_base: u32, rip: u64) -> Self {
         Self {
             mode: EntryMode::Real { code_base },
