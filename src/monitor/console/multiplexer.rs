@@ -122,7 +122,8 @@ impl Multiplexer {
         new
     }
 
-    /// Adds the console of a guest, or its number where that is on another line. Its index; the operator's number is one more.
+    /// Adds the console of a guest, or its number where that is on another line. Its index; the
+    /// operator's number is one more.
     pub fn add(&mut self, name: String, port: Option<Arc<ConsolePort>>) -> usize {
         let runs = false;
         self.guests.push(Guest { name, port, runs });
@@ -165,13 +166,11 @@ impl Multiplexer {
     pub fn serve(&mut self, line: &mut impl Line, commands: &impl Commands) {
         if line.take_break() && !self.raw {
             self.escaped = false;
+            self.cancel();
             self.switch(Focus::Prompt);
         }
-        while self.focus != Focus::Nobody
-            && self.text.len() < ENOUGH_TEXT
-            && self.typed_ahead.len() < TYPED_AHEAD
-        {
-            self.wait(commands);
+        self.wait(commands);
+        while self.takes_keys() {
             let ahead = match self.focus {
                 Focus::Prompt if self.waits.is_none() => self.typed_ahead.pop_front(),
                 _ => None,
@@ -180,6 +179,7 @@ impl Multiplexer {
                 break;
             };
             self.typed(byte, commands);
+            self.wait(commands);
         }
         line.hold(match self.focus {
             Focus::Guest(index) => self.port(index).is_some_and(|port| port.holds()),
@@ -218,6 +218,22 @@ impl Multiplexer {
         self.text.is_empty()
     }
 
+    /// Whether there is somebody for what is typed, and room for what comes of it.
+    fn takes_keys(&self) -> bool {
+        let is_full = self.waits.is_some() && self.typed_ahead.len() >= TYPED_AHEAD;
+        match self.focus {
+            Focus::Nobody => false,
+            Focus::Prompt if is_full => false,
+            _ => self.text.len() < ENOUGH_TEXT,
+        }
+    }
+
+    /// No longer waits for a command.
+    fn cancel(&mut self) {
+        self.waits = None;
+        self.typed_ahead.clear();
+    }
+
     /// Goes on with the prompt when the last command is over.
     fn wait(&mut self, commands: &impl Commands) {
         let text = &mut self.text;
@@ -242,8 +258,7 @@ impl Multiplexer {
             _ if byte == ESCAPE && !self.raw => self.escaped = true,
             Focus::Nobody => {}
             Focus::Prompt if self.waits.is_some() && byte == CANCEL => {
-                self.waits = None;
-                self.typed_ahead.clear();
+                self.cancel();
                 self.draw();
             }
             Focus::Prompt if self.waits.is_some() => self.typed_ahead.push_back(byte),

@@ -316,6 +316,27 @@ fn a_command_is_over_before_the_next_is_read() {
     assert_eq!(desk.shown(), format!("wait 2\r\nasked: wait 2\r\n{prompt}"));
 }
 
+#[test]
+fn what_is_typed_ahead_waits_on_the_line_when_it_is_too_much() {
+    let mut desk = Desk::running(&["a"]);
+    desk.type_in(b"\x14p");
+    desk.shown();
+    desk.type_in(b"wait\r");
+    desk.type_in(&b"next\r".repeat(TYPED_AHEAD));
+    assert!(!desk.wire.typed.is_empty());
+    desk.commands.over = true;
+    desk.serve();
+    assert_eq!(desk.shown().matches("asked: next").count(), TYPED_AHEAD);
+    // A break does not wait.
+    desk.commands.over = false;
+    desk.type_in(b"wait\r");
+    desk.type_in(&[b'x'; 2 * TYPED_AHEAD]);
+    desk.wire.typed.clear();
+    desk.wire.has_break = true;
+    desk.type_in(b"next\r");
+    assert!(desk.shown().contains("asked: next"));
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Send(usize, usize),
