@@ -405,7 +405,10 @@ fn statistics(
     if json {
         return at_once(statistics_json(machine, &guests, out));
     }
-    for (index, Guest { name, exits, .. }) in &guests {
+    for (index, guest) in &guests {
+        let Guest {
+            name, exits, vcpus, ..
+        } = guest;
         match exits {
             None => writeln!(out, "{name} has not started")?,
             Some(exits) if exits.timed() => {
@@ -415,15 +418,24 @@ fn statistics(
             }
             Some(exits) => write!(out, "{name}:\n{}", exits.table())?,
         }
-        let each = machine.exits_of_each(*index);
-        for (exits, vcpu) in each.iter().zip(0..).filter(|_| each.len() > 1) {
+        for (exits, vcpu) in of_each(machine, *index, *vcpus).iter().zip(0..) {
             writeln!(out, "vCPU {vcpu}: {}", exits.line())?;
         }
     }
     Ok(None)
 }
 
-/// One line: an object with the `vms` that have started, each with its `vcpus`.
+/// The exits of each of several vCPUs.
+fn of_each(machine: &dyn Machine, guest: usize, vcpus: u32) -> Vec<Exits> {
+    if vcpus > 1 {
+        machine.exits_of_each(guest)
+    } else {
+        Vec::new()
+    }
+}
+
+/// One line: an object with the `vms` that have started, each with its `vcpus` where there are
+/// several.
 fn statistics_json(
     machine: &dyn Machine,
     guests: &[(usize, Guest)],
@@ -438,7 +450,7 @@ fn statistics_json(
             let name = &guest.name;
             write!(out, "{separator}{{\"name\":\"{name}\",{}", exits.json())?;
             separator = ",\"vcpus\":[";
-            for exits in machine.exits_of_each(*index) {
+            for exits in of_each(machine, *index, guest.vcpus) {
                 write!(out, "{separator}{{{}}}", exits.json())?;
                 separator = ",";
             }
@@ -563,7 +575,7 @@ mod tests {
                 name: "linux".into(),
                 state: "running".into(),
                 memory: 256 << 20,
-                vcpus: 1,
+                vcpus: 2,
                 apic: Some("APICv".into()),
                 cpus: [0].into(),
                 exits: Some(Exits::new(&counts, None)),
@@ -713,8 +725,8 @@ mod tests {
             lines(" vms "),
             [
                 "no  name   memory    vCPUs  APIC        exits  state",
-                " 1  linux   256 MiB      1  APICv        1500  running",
-                " 2  b       256 MiB      1  -               0  loaded",
+                " 1  linux   256 MiB      2  APICv        1500  running",
+                " 2  b       256 MiB      2  -               0  loaded",
             ]
         );
     }
