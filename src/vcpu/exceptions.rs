@@ -20,6 +20,8 @@ pub(super) const EXITING: u32 = 1 << DEBUG | 1 << ALIGNMENT_CHECK | 1 << MACHINE
 
 /// B0 to B3, BD and BS of DR6: what the exit qualification has of it (SDM 3, 28.2.1).
 const CONDITIONS: u64 = 0x600f;
+const GENERAL_DETECT: u64 = 1 << 13;
+const SINGLE_STEP: u64 = 1 << 14;
 const BREAKPOINTS: u64 = 0xf;
 const DR7_GENERAL_DETECT: u64 = 1 << 13;
 const DEBUGCTL_BTF: u64 = 1 << 1;
@@ -34,7 +36,7 @@ impl Vcpu {
             self.block_nmis_again();
         }
         match info.vector() {
-            DEBUG => self.note_debug_exception(),
+            DEBUG => self.note_debug_exception(info),
             ALIGNMENT_CHECK => {}
             MACHINE_CHECK => panic!("machine check while the guest {} ran", self.vm.name),
             _ => {
@@ -47,8 +49,9 @@ impl Vcpu {
 
     /// What the delivery of #DB changes, an exit does not, and an injection does not
     /// either (SDM 3, 28.1 and 27.6.1.1).
-    fn note_debug_exception(&mut self) {
+    fn note_debug_exception(&mut self, info: InterruptionInfo) {
         let conditions = self.vmcs.read(information::EXIT_QUALIFICATION);
+        let conditions = conditions_of(conditions, info.is_software());
         cpu::set_dr6(dr6_after(cpu::dr6(), conditions));
         let dr7 = self.vmcs.read(guest::DR7);
         if dr7 & DR7_GENERAL_DETECT != 0 {
@@ -61,6 +64,19 @@ impl Vcpu {
     }
 }
 
+/// Those of the exit qualification that are the exception's. INT1 meets none, and general
+/// detect is a fault, before which a step has trapped, or never will behind MOV SS; Bochs
+/// reports such a step with them.
+const fn conditions_of(qualification: u64, is_software: bool) -> u64 {
+    if is_software {
+        0
+    } else if qualification & GENERAL_DETECT != 0 {
+        qualification & !SINGLE_STEP
+    } else {
+        qualification
+    }
+}
+
 /// DR6 when these conditions are met: the breakpoints' bits are theirs alone, the
 /// others are never cleared by the CPU (SDM 3, 18.2.3).
 const fn dr6_after(dr6: u64, conditions: u64) -> u64 {
@@ -70,6 +86,14 @@ const fn dr6_after(dr6: u64, conditions: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_step_behind_mov_ss_is_no_condition_of_what_comes_then() {
+        assert_eq!(conditions_of(SINGLE_STEP | 1, false), SINGLE_STEP | 1);
+        assert_eq!(conditions_of(SINGLE_STEP, true), 0);
+        let fault = GENERAL_DETECT | SINGLE_STEP;
+        assert_eq!(conditions_of(fault, false), GENERAL_DETECT);
+    }
 
     #[test]
     fn dr6_keeps_what_only_software_clears() {
