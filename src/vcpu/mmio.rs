@@ -14,6 +14,7 @@ use crate::devices::{Width, pc};
 use crate::vm::machine::Unmapped;
 use crate::vmx::exit::EptViolation;
 use crate::vmx::vmcs::{guest, information};
+use alloc::sync::Arc;
 
 /// The longest instruction (SDM 2, 2.3.11).
 const INSTRUCTION_MAX: usize = 15;
@@ -119,6 +120,8 @@ impl Vcpu {
                 Err(_) => return self.not_emulated(gpa, context),
             },
         };
+        let vm = decoded.is_locked().then(|| Arc::clone(&self.vm));
+        let _bus_lock = vm.as_ref().map(|vm| vm.bus_lock.lock());
         registers.rsp = self.vmcs.read(guest::RSP);
         let before = (registers.rsp, self.vmcs.read(guest::RFLAGS));
         let mut state = Registers {

@@ -32,6 +32,8 @@ pub struct Vm {
     pub memory: GuestMemory,
     pub chipset: Mutex<Chipset>,
     pub signals: Signals,
+    /// Held by a vCPU whose locked instruction on a device is emulated.
+    pub bus_lock: Mutex<()>,
     pub console: Arc<ConsolePort>,
     pub control: Arc<Control>,
     /// Ticks a second of the guest's time-stamp counter.
@@ -144,6 +146,7 @@ impl Vm {
             memory: guest_memory,
             chipset: Mutex::new(Chipset::new(clock, Ticks(0), chipset)),
             signals: Signals::default(),
+            bus_lock: Mutex::new(()),
             console: links.console,
             control: links.control,
             clock,

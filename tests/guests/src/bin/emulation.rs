@@ -8,7 +8,7 @@ use vireo_test_guests::descriptors::FAULT_STACK_INDEX;
 use vireo_test_guests::exceptions::{self, Exception, is_gp, vector};
 use vireo_test_guests::memory::{read8, read32, read64, write8, write32, write64};
 use vireo_test_guests::paging::{self, PAGE, entry};
-use vireo_test_guests::{check, check_equal, execute};
+use vireo_test_guests::{Shared, check, check_equal, execute};
 
 vireo_test_guests::guest!(run);
 
@@ -30,6 +30,7 @@ fn run() {
     accessed_and_dirty();
     vectors();
     system();
+    steps();
     compatibility();
 }
 
@@ -430,6 +431,42 @@ fn system() {
         "MOV SS from a device holds a step back",
         read64(DEVICE + 0x408),
         after,
+    );
+}
+
+static TRAPS: Shared<[u64; 4]> = Shared::new([0; 4]);
+
+/// Each iteration of a string instruction traps, and so does what is behind it.
+fn steps() {
+    exceptions::on(vector::DEBUG, |frame| {
+        let trap = exceptions::count(vector::DEBUG) as usize - 1;
+        TRAPS.put(trap.min(3), frame.rip);
+        if trap >= 3 {
+            frame.rflags &= !0x100;
+        }
+    });
+    let (mut at, mut after) = (0u64, 0u64);
+    execute!(
+        "lea {at}, [rip + 2f]",
+        "lea {after}, [rip + 3f]",
+        "pushfq",
+        "or qword ptr [rsp], 0x100",
+        "popfq",
+        "2: rep stosb",
+        "3: lock inc byte ptr [rdi]",
+        "4: nop",
+        at = inout(reg) at,
+        after = inout(reg) after,
+        inout("rdi") DEVICE => _,
+        inout("rcx") 3u64 => _,
+    );
+    exceptions::off(vector::DEBUG);
+    cpu::set_dr6(0xffff_0ff0);
+    let length = 3;
+    check_equal(
+        "steps through REP STOSB and LOCK INC on a device",
+        (TRAPS.at(0), TRAPS.at(1), TRAPS.at(2), TRAPS.at(3)),
+        (at, at, after, after + length),
     );
 }
 
