@@ -122,8 +122,7 @@ impl Scheduler {
             }
             let now = cpu::rdtsc();
             self.do_what_is_due(now);
-            self.wake(now);
-            match self.first() {
+            match self.first(now) {
                 Some(index) => self.turn(index, now),
                 None => self.idle(now),
             }
@@ -158,27 +157,24 @@ impl Scheduler {
         }
     }
 
-    /// Those that wait and have something to do are ready. Nobody's turn it is meanwhile, as
-    /// [`crate::vm::mailbox`] demands.
-    fn wake(&mut self, now: u64) {
-        for task in &mut self.tasks {
-            if let State::Waits(until) = task.state
-                && (until.is_some_and(|until| until <= now) || task.vcpu.has_mail())
-            {
+    /// The first of the highest priority that is ready. Those that wait and have something to do
+    /// become ready: nobody's turn it is meanwhile, as [`crate::vm::mailbox`] demands.
+    fn first(&mut self, now: u64) -> Option<usize> {
+        let mut best = None;
+        let mut highest = None;
+        for (index, task) in self.tasks.iter_mut().enumerate() {
+            if let State::Waits(until) = task.state {
+                if until.is_none_or(|until| until > now) && !task.vcpu.has_mail() {
+                    continue;
+                }
                 task.state = State::Ready;
             }
-        }
-    }
-
-    /// The first of the highest priority that is ready.
-    fn first(&self) -> Option<usize> {
-        let mut best: Option<(usize, u8)> = None;
-        for (index, task) in self.tasks.iter().enumerate() {
-            if task.is_ready() && best.is_none_or(|(_, priority)| task.priority > priority) {
-                best = Some((index, task.priority));
+            if highest.is_none_or(|highest| task.priority > highest) {
+                highest = Some(task.priority);
+                best = Some(index);
             }
         }
-        best.map(|(index, _)| index)
+        best
     }
 
     fn turn(&mut self, index: usize, now: u64) {
@@ -189,7 +185,7 @@ impl Scheduler {
             return;
         };
         place.set_current(Some(task.vcpu.mailbox()));
-        let turn = task.vcpu.turn(&mut task.entry, until);
+        let turn = task.vcpu.turn(&mut task.entry, until, task.slice);
         place.set_current(None);
         match turn {
             Turn::Waits(until) => {
@@ -205,49 +201,53 @@ impl Scheduler {
 
     /// Gives the CPU to a vCPU, if it has it not.
     fn switch_to(&mut self, index: usize) {
-        let number = self.tasks.get(index).map(|task| task.number);
-        if self.owner == number {
+        let Some(number) = self.tasks.get(index).map(|task| task.number) else {
+            return;
+        };
+        if self.owner == Some(number) {
             return;
         }
-        let before = self.owner;
-        self.make_room();
+        let before = self.owner.replace(number);
         let before = self
             .tasks
             .iter()
-            .find(|task| before == Some(task.number))
-            .map(|task| &task.registers);
+            .position(|task| before == Some(task.number));
+        if let Some(before) = before.and_then(|before| self.tasks.get_mut(before)) {
+            before.registers.save();
+        }
+        let before = before.and_then(|before| self.tasks.get(before));
         if let Some(task) = self.tasks.get(index) {
             task.vcpu.make_current();
-            task.registers.load(before);
+            task.registers.load(before.map(|before| &before.registers));
         }
-        self.owner = number;
     }
 
-    /// When the turn of the ready vCPU `index` ends at the latest.
+    /// When the turn of the ready vCPU `index` ends at the latest: when something is due, its
+    /// slice is over while an equal is ready, or one that is not below it wakes up.
     fn end_of_turn(&mut self, index: usize, now: u64) -> Option<u64> {
-        let due = self.later.iter().map(|(at, _)| *at).min();
-        if self.tasks.len() == 1 {
-            return due;
+        let mut ends = self.later.iter().map(|(at, _)| *at).min();
+        let (before, rest) = self.tasks.split_at_mut(index);
+        let (task, behind) = rest.split_first_mut()?;
+        let mut equal = false;
+        for other in before.iter().chain(behind.iter()) {
+            if other.priority < task.priority {
+                continue;
+            }
+            match other.state {
+                State::Ready => equal = true,
+                State::Waits(Some(until)) => {
+                    ends = Some(ends.map_or(until, |ends| ends.min(until)));
+                }
+                State::Waits(None) => {}
+            }
         }
-        let (priority, number) = self
-            .tasks
-            .get(index)
-            .map(|task| (task.priority, task.number))?;
-        let others = || {
-            self.tasks
-                .iter()
-                .filter(move |task| task.number != number && task.priority >= priority)
-        };
-        let equal = others().any(|task| task.is_ready());
-        let wakes = others()
-            .filter_map(|task| match task.state {
-                State::Waits(until) => until,
-                State::Ready => None,
-            })
-            .min();
-        let task = self.tasks.get_mut(index)?;
-        task.slice_ends = equal.then(|| task.slice_ends.unwrap_or(now + task.slice));
-        [due, wakes, task.slice_ends].into_iter().flatten().min()
+        if !equal {
+            task.slice_ends = None;
+            return ends;
+        }
+        let slice_ends = task.slice_ends.unwrap_or(now + task.slice);
+        task.slice_ends = Some(slice_ends);
+        Some(ends.map_or(slice_ends, |ends| ends.min(slice_ends)))
     }
 
     /// Behind all others.

@@ -59,7 +59,7 @@ impl Vcpu {
     pub(super) fn with_chipset<R>(&mut self, f: impl FnOnce(&mut Chipset) -> R) -> R {
         let mut chipset = self.vm.chipset.lock();
         let result = f(&mut chipset);
-        if self.id != 0 {
+        if self.not_first != 0 {
             drop(chipset);
             self.tell_first();
             return result;
@@ -84,10 +84,10 @@ impl Vcpu {
         drop(chipset);
         if after.1 == Ticks(0) {
             // Messages: whoever comes first sends them on.
-            self.attend_to(Attention::DEVICES);
+            self.pass_messages();
         }
         if after != before {
-            self.vm.mailbox(0).post(Events::CHIPSET);
+            self.post_to(0, Events::CHIPSET);
         }
     }
 }

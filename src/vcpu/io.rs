@@ -176,6 +176,7 @@ impl Vcpu {
         if !(pc::COM1..pc::COM1 + 8).contains(&port) {
             return true;
         }
+        self.output_waits = true;
         let sent = port == pc::COM1 && (is_full || !self.vm.console.is_busy());
         if sent || self.vm.console.has_input() {
             self.attend_to(Attention::CONSOLE);
@@ -219,6 +220,7 @@ impl Vcpu {
 
     /// Moves bytes between the guest's COM1 and its console, as many as both sides take.
     pub(super) fn pump_console(&mut self) {
+        self.output_waits = false;
         let now = self.now();
         let port = Arc::clone(&self.vm.console);
         let unknown = self.with_chipset(|chipset| {

@@ -195,7 +195,7 @@ extern "C" fn io(vcpu: &mut Vcpu, registers: &mut LightRegisters) -> Verdict {
     }
     match (access.bytes, access.input) {
         (1, true) if pc::is_pic(access.port) => pic_read(vcpu, registers, access.port),
-        (1, false) if pc::is_pic(access.port) => pic_write(vcpu, registers, access.port),
+        (1, false) if pc::is_pic(access.port) => pic_write(vcpu, access.port, registers.rax as u8),
         (1, true) => input_byte(vcpu, registers, access.port),
         (1, false) => output_byte(vcpu, registers, access.port),
         _ => io_wide(vcpu, registers),
@@ -211,8 +211,7 @@ extern "C" fn pic_read(vcpu: &mut Vcpu, registers: &mut LightRegisters, port: u1
 }
 
 #[inline(never)]
-extern "C" fn pic_write(vcpu: &mut Vcpu, registers: &mut LightRegisters, port: u16) -> Verdict {
-    let value = registers.rax as u8;
+extern "C" fn pic_write(vcpu: &mut Vcpu, port: u16, value: u8) -> Verdict {
     vcpu.with_chipset(|chipset| chipset.pic_write(port, value));
     vcpu.skip_instruction();
     vcpu.verdict()

@@ -3,7 +3,7 @@
 
 use super::{Activity, Attention, Leave, Vcpu};
 use crate::devices::local_apic::Event;
-use crate::devices::{DeliveryMode, Destination, Message, Trigger};
+use crate::devices::{DeliveryMode, Destination, Message, Ticks, Trigger};
 use crate::vm::acpi;
 use crate::vm::boot::EntryState;
 use crate::vm::mailbox::{Events, Mailbox};
@@ -73,18 +73,32 @@ impl Vcpu {
             return self.accept(message);
         }
         let mailbox = self.vm.mailbox(id);
-        match message.mode {
+        let events = match message.mode {
             DeliveryMode::Fixed | DeliveryMode::LowestPriority => {
-                mailbox.request(message.vector, message.trigger == Trigger::Level);
+                mailbox.request(message.vector, message.trigger == Trigger::Level)
             }
-            DeliveryMode::Nmi => mailbox.post(Events::NMI),
-            DeliveryMode::ExtInt => mailbox.post(Events::EXTINT),
+            DeliveryMode::Nmi => Events::NMI,
+            DeliveryMode::ExtInt => Events::EXTINT,
             // No processor since the Pentium 4 knows the de-assert (SDM 3, 12.6.1).
-            DeliveryMode::Init if !message.assert => {}
-            DeliveryMode::Init => mailbox.post(Events::INIT),
-            DeliveryMode::StartUp => mailbox.start_up(message.vector),
+            DeliveryMode::Init if !message.assert => return,
+            DeliveryMode::Init => Events::INIT,
+            DeliveryMode::StartUp => {
+                mailbox.start_up(message.vector);
+                Events::START_UP
+            }
             // There is no system-management mode.
-            DeliveryMode::Smi => {}
+            DeliveryMode::Smi => return,
+        };
+        self.post_to(id, events);
+    }
+
+    /// Has another vCPU look at `events`. Where it is on this CPU, this one's slice begins.
+    pub(super) fn post_to(&mut self, id: u32, events: Events) {
+        let place = self.mailbox().place();
+        if self.vm.mailbox(id).post_from(place, events) {
+            let end = Ticks(self.now().0.saturating_add(self.slice.0));
+            self.turn_ends = self.turn_ends.min(end);
+            self.attend_to(Attention::DEVICES);
         }
     }
 
@@ -123,17 +137,19 @@ impl Vcpu {
 
     /// Does what the mail says, as far as it is [`Events::LIGHT`].
     fn open(&mut self, mail: Events) {
-        if mail.contains(Events::INTERRUPTS) {
+        if mail.intersects(Events::INTERRUPTS) {
             let apic = &mut self.apic;
-            self.vm.mailbox(self.id).take_vectors(|vector, level| {
-                apic.accept(Message {
-                    mode: DeliveryMode::Fixed,
-                    destination: Destination::Itself,
-                    vector,
-                    trigger: if level { Trigger::Level } else { Trigger::Edge },
-                    assert: true,
+            self.vm
+                .mailbox(self.id)
+                .take_vectors(mail, |vector, level| {
+                    apic.accept(Message {
+                        mode: DeliveryMode::Fixed,
+                        destination: Destination::Itself,
+                        vector,
+                        trigger: if level { Trigger::Level } else { Trigger::Edge },
+                        assert: true,
+                    });
                 });
-            });
         }
         self.pending.nmi |= mail.contains(Events::NMI);
         self.pending.extint |= mail.contains(Events::EXTINT);

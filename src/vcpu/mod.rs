@@ -61,11 +61,17 @@ pub use state::SetupError;
 pub struct Vcpu {
     /// The local APIC's identifier, and its number in the guest.
     id: u32,
+    /// All bits set but in the first vCPU, which looks after the chipset.
+    not_first: u64,
     activity: Activity,
     /// Nothing but NMI, INIT and start-up interrupts can have it go on.
     deaf: bool,
     /// When it is to give way to others on its CPU.
     turn_ends: Ticks,
+    /// How long its turns are while others are ready.
+    slice: Ticks,
+    /// COM1 may have output that has not been fetched.
+    output_waits: bool,
     vm: Arc<Vm>,
     vmx: Vmx,
     vmcs: Vmcs,

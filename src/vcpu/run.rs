@@ -6,8 +6,8 @@ use super::timer::NEVER;
 use super::tsc::ticks_since;
 use super::{Attention, Leave, Vcpu};
 use crate::addr::{Gpa, Gva};
-use crate::devices::Ticks;
 use crate::devices::chipset::Chipset;
+use crate::devices::{Message, Ticks};
 use crate::host::console;
 use crate::vm::control::Request;
 use crate::vmx::check::{self, FieldReader};
@@ -151,8 +151,10 @@ pub enum Turn {
 
 impl Vcpu {
     /// Runs the guest on the vCPU's CPU, at most until the host's time-stamp counter has come
-    /// to `until`. The VMCS is current, and the guest's registers are in the hardware.
-    pub fn turn(&mut self, entry: &mut Entry<Self>, until: Option<u64>) -> Turn {
+    /// to `until`, or for `slice` ticks when it has had another one on this CPU wake up. The VMCS
+    /// is current, and the guest's registers are in the hardware.
+    pub fn turn(&mut self, entry: &mut Entry<Self>, until: Option<u64>, slice: u64) -> Turn {
+        self.slice = Ticks(slice);
         self.turn_ends = until.map_or(NEVER, |until| Ticks(until.saturating_sub(self.vm.started)));
         self.hold_interrupts(true);
         let turn = self.run(entry);
@@ -182,7 +184,9 @@ impl Vcpu {
                 return Turn::Waits(None);
             }
             if self.activity != Activity::Running {
-                self.pump_console();
+                if self.output_waits || self.attention.contains(Attention::CONSOLE) {
+                    self.pump_console();
+                }
                 match self.look_for_reason_to_wake() {
                     Some(due) => {
                         woken = due;
@@ -215,7 +219,13 @@ impl Vcpu {
             }
             match self.leave.take() {
                 None | Some(Leave::Mail) => {}
-                Some(Leave::Halt) => self.activity = Activity::Halted,
+                Some(Leave::Halt) => {
+                    self.activity = Activity::Halted;
+                    // Nothing has come since HLT was answered, but what the console may bring.
+                    if !self.output_waits && !self.attention.contains(Attention::CONSOLE) {
+                        return self.wait();
+                    }
+                }
                 Some(Leave::Suspend) => self.activity = Activity::Suspended,
                 Some(Leave::Turn) => return Turn::Yields,
                 Some(Leave::Spin) => return Turn::Spins,
@@ -266,22 +276,36 @@ impl Vcpu {
         if self.chipset_deadline() > now {
             return;
         }
-        let mut message = self.with_chipset(|chipset| {
+        self.with_chipset(|chipset| {
             if chipset.deadline().is_some_and(|deadline| deadline <= now) {
                 chipset.advance(now);
             }
-            chipset.take_message()
         });
+        self.pass_messages();
+    }
+
+    /// Sends on what the I/O APIC has for the local APICs.
+    pub(super) fn pass_messages(&mut self) {
         // A pin has one at most, and nothing makes more while the guest does not run.
-        while let Some(sent) = message {
-            self.deliver(sent, false);
-            message = self.with_chipset(Chipset::take_message);
+        while let Some(message) = self.take_message() {
+            self.deliver(message, false);
         }
+    }
+
+    fn take_message(&mut self) -> Option<Message> {
+        let mut chipset = self.vm.chipset.lock();
+        let message = chipset.take_message();
+        self.vm.signals.publish(&chipset);
+        message
     }
 
     /// Whether a vCPU that waits has a reason to go on, and what is due then: the expiry of
     /// the local APIC's timer, for which it wakes up a little early.
     fn look_for_reason_to_wake(&mut self) -> Option<Option<Ticks>> {
+        // What the mail has brought.
+        if self.activity == Activity::Halted && self.has_wake_event() {
+            return Some(None);
+        }
         let now = self.now();
         let mut woken = None;
         let due = self.next_deadline();

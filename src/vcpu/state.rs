@@ -186,12 +186,15 @@ impl Vcpu {
 
         let mut vcpu = Self {
             id,
+            not_first: if id == 0 { 0 } else { u64::MAX },
             activity: match entry {
                 Some(_) => Activity::Running,
                 None => Activity::AwaitsStartUp,
             },
             deaf: false,
             turn_ends: NEVER,
+            slice: NEVER,
+            output_waits: false,
             apic: LocalApic::new(id, id == 0, vm.clock).delivered_by_cpu(tier.delivers()),
             tier,
             threshold: 0,

@@ -93,16 +93,10 @@ impl Vcpu {
         self.apic.deadline().map_or(chipset, |own| own.min(chipset))
     }
 
-    /// When this vCPU has to look after the chipset: the first for its deadlines, any other
-    /// for messages alone, which are due at tick 0 and which it may have caused.
-    #[inline]
+    /// When this vCPU has to look after the chipset: the first does.
+    #[inline(always)]
     pub(super) fn chipset_deadline(&self) -> Ticks {
-        let deadline = self.vm.signals.deadline();
-        if self.id == 0 || deadline == Ticks(0) {
-            deadline
-        } else {
-            NEVER
-        }
+        Ticks(self.vm.signals.deadline().0 | self.not_first)
     }
 
     /// When to ask for what is due at `deadline`: earlier by `lead`, if that is the local

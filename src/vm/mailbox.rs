@@ -26,8 +26,8 @@ bitflags! {
     /// What a vCPU is to look at.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct Events: u32 {
-        /// Vectors are requested.
-        const INTERRUPTS = 1 << 0;
+        /// Vectors are requested: for each word of them a bit, first those of edges.
+        const INTERRUPTS = 0xff << 16;
         const NMI = 1 << 1;
         const INIT = 1 << 2;
         /// A start-up interrupt, whose page is in the mailbox.
@@ -54,6 +54,9 @@ impl Events {
         .union(Self::CONSOLE);
 }
 
+/// The first bit of [`Events::INTERRUPTS`].
+const FIRST_WORD: u32 = 16;
+
 /// A CPU as those see it that have something for the vCPUs on it.
 #[derive(Debug)]
 pub struct Place {
@@ -63,8 +66,8 @@ pub struct Place {
     apic_id: u32,
     /// The mailbox of the vCPU whose turn it is; null between turns. Only compared.
     current: AtomicPtr<Mailbox>,
-    /// A vCPU whose turn it is not has something to look at, or a new one has come. No memory is read because of
-    /// it but the mailboxes, which have an order of their own: relaxed.
+    /// A vCPU whose turn it is not has something to look at, or a new one has come. No memory is
+    /// read because of it but the mailboxes, which have an order of their own: relaxed.
     look: AtomicBool,
     /// Stands for an interrupt that the CPU has not taken yet.
     #[cfg(loom)]
@@ -133,8 +136,9 @@ pub struct Mailbox {
     /// [`Events`]. Set after what they are about was stored, and taken before that is read:
     /// release and acquire; and in one order with [`Place::current`]: SeqCst.
     events: AtomicU32,
-    /// Vectors that are requested: by edges, and by levels. Behind `events`: relaxed.
-    requested: [[AtomicU64; 4]; 2],
+    /// Vectors that are requested: four words by edges, and four by levels. Behind `events`:
+    /// relaxed.
+    requested: [AtomicU64; 8],
     /// The page of the last start-up interrupt. Behind `events`: relaxed.
     start_up: AtomicU8,
     /// The CPU takes no other interrupt while it is the vCPU's turn. No memory is read because of
@@ -168,7 +172,8 @@ impl Mailbox {
     #[inline]
     pub fn post(&self, events: Events) {
         if self.events.fetch_or(events.bits(), Ordering::SeqCst) != 0 {
-            // Whoever set the first flag has told, or is about to; nothing was taken since.
+            // Whoever set the first flag has told, or is about to, and nothing was taken since; or
+            // it was a sibling whose turn is bounded since then (`post_from`).
             return;
         }
         one_order();
@@ -185,18 +190,32 @@ impl Mailbox {
         self.by_nmi.store(true, Ordering::Relaxed);
     }
 
-    /// Requests an interrupt with this vector.
+    /// The same for a vCPU whose turn it is at `place`. True where that is this one's CPU too:
+    /// then nobody is told, and it comes to look when that turn is over.
     #[inline]
-    pub fn request(&self, vector: u8, level: bool) {
-        let words = &self.requested[usize::from(level)];
-        words[usize::from(vector >> 6)].fetch_or(1 << (vector & 63), Ordering::Relaxed);
-        self.post(Events::INTERRUPTS);
+    pub fn post_from(&self, place: &Place, events: Events) -> bool {
+        let same = ptr::eq(place, self.place);
+        if same {
+            self.events.fetch_or(events.bits(), Ordering::SeqCst);
+        } else {
+            self.post(events);
+        }
+        same
     }
 
-    /// Posts a start-up interrupt with this page.
+    /// Puts a vector in; what is to be posted for it.
+    #[inline]
+    pub fn request(&self, vector: u8, level: bool) -> Events {
+        let word = vector >> 6 | u8::from(level) << 2;
+        if let Some(requested) = self.requested.get(usize::from(word)) {
+            requested.fetch_or(1 << (vector & 63), Ordering::Relaxed);
+        }
+        Events::from_bits_retain(1 << (FIRST_WORD + u32::from(word)))
+    }
+
+    /// Puts the page of a start-up interrupt in, to be posted as [`Events::START_UP`].
     pub fn start_up(&self, page: u8) {
         self.start_up.store(page, Ordering::Relaxed);
-        self.post(Events::START_UP);
     }
 
     /// The page of the last start-up interrupt.
@@ -221,19 +240,23 @@ impl Mailbox {
         Events::from_bits_truncate(taken) & kinds
     }
 
-    /// Gives the vectors that are requested to `sink`, with whether each is a level.
+    /// Gives the vectors that `events` are about to `sink`, with whether each is a level.
     #[inline]
-    pub fn take_vectors(&self, mut sink: impl FnMut(u8, bool)) {
-        for (words, level) in self.requested.iter().zip([false, true]) {
-            for (base, word) in [0, 64, 128, 192].into_iter().zip(words) {
-                if word.load(Ordering::Relaxed) == 0 {
-                    continue;
-                }
-                let mut vectors = word.swap(0, Ordering::Relaxed);
-                while vectors != 0 {
-                    sink(base + vectors.trailing_zeros() as u8, level);
-                    vectors &= vectors - 1;
-                }
+    pub fn take_vectors(&self, events: Events, mut sink: impl FnMut(u8, bool)) {
+        let mut words = (events & Events::INTERRUPTS).bits() >> FIRST_WORD;
+        while words != 0 {
+            let word = words.trailing_zeros();
+            words &= words - 1;
+            let Some(requested) = self.requested.get(word as usize) else {
+                return;
+            };
+            let mut vectors = requested.swap(0, Ordering::Relaxed);
+            while vectors != 0 {
+                sink(
+                    (word as u8 & 3) << 6 | vectors.trailing_zeros() as u8,
+                    word > 3,
+                );
+                vectors &= vectors - 1;
             }
         }
     }
@@ -286,13 +309,16 @@ mod tests {
     fn vectors_come_once_and_with_their_trigger() {
         let mailbox = mailbox();
         for (vector, level) in [(16, false), (255, true), (64, false), (16, false)] {
-            mailbox.request(vector, level);
+            let events = mailbox.request(vector, level);
+            assert!(mailbox.post_from(mailbox.place(), events));
         }
-        assert_eq!(mailbox.take(Events::all()), Events::INTERRUPTS);
+        assert!(!mailbox.place().has_news(), "it is this CPU's own");
+        let events = mailbox.take(Events::all());
+        assert!(Events::INTERRUPTS.contains(events));
         let mut taken = Vec::new();
-        mailbox.take_vectors(|vector, level| taken.push((vector, level)));
+        mailbox.take_vectors(events, |vector, level| taken.push((vector, level)));
         assert_eq!(taken, [(16, false), (64, false), (255, true)]);
-        mailbox.take_vectors(|vector, _| panic!("{vector} came twice"));
+        mailbox.take_vectors(events, |vector, _| panic!("{vector} came twice"));
     }
 }
 
@@ -355,13 +381,14 @@ mod models {
         loom::model(|| {
             let mailbox = mailbox();
             let sender = thread::spawn(move || {
-                mailbox.request(0x40, false);
+                mailbox.post(mailbox.request(0x40, false));
                 mailbox.start_up(7);
+                mailbox.post(Events::START_UP);
             });
             let taken = mailbox.take(Events::all());
             let mut vectors = Vec::new();
-            mailbox.take_vectors(|vector, _| vectors.push(vector));
-            if taken.contains(Events::INTERRUPTS) {
+            mailbox.take_vectors(taken, |vector, _| vectors.push(vector));
+            if taken.intersects(Events::INTERRUPTS) {
                 assert_eq!(vectors, [0x40]);
             }
             if taken.contains(Events::START_UP) {

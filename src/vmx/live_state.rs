@@ -37,8 +37,9 @@ struct Line([u8; 64]);
 
 /// What these registers hold, of a vCPU that does not have the CPU.
 pub struct LiveState {
-    /// `None` where the CPU has it not.
-    msrs: [Option<u64>; MSRS.len()],
+    /// Those that the CPU has, a bit for each.
+    present: u8,
+    msrs: [u64; MSRS.len()],
     cr2: u64,
     /// DR0 to DR3.
     breakpoints: [u64; 4],
@@ -73,7 +74,10 @@ impl LiveState {
             [first[24], first[25], first[26], first[27]] = [a, b, c, d];
         }
         Ok(Self {
-            msrs: MSRS.map(|number| msr::try_read(number).map(|_| 0)),
+            present: (0..MSRS.len()).fold(0, |present, index| {
+                present | u8::from(msr::try_read(MSRS[index]).is_some()) << index
+            }),
+            msrs: [0; MSRS.len()],
             cr2: 0,
             breakpoints: [0; 4],
             dr6: DR6_RESET,
@@ -85,10 +89,10 @@ impl LiveState {
 
     /// Takes what the hardware holds.
     pub fn save(&mut self) {
-        for (value, number) in self.msrs.iter_mut().zip(MSRS) {
-            if let Some(value) = value {
+        for (index, number) in MSRS.into_iter().enumerate() {
+            if self.present & 1 << index != 0 {
                 // SAFETY: it was there when this was made.
-                *value = unsafe { msr::read(number) };
+                self.msrs[index] = unsafe { msr::read(number) };
             }
         }
         self.cr2 = cpu::cr2();
@@ -115,10 +119,11 @@ impl LiveState {
     /// Gives it to the hardware, which holds what `before` took from it; anything where
     /// there is none.
     pub fn load(&self, before: Option<&Self>) {
-        for (index, (value, number)) in self.msrs.iter().zip(MSRS).enumerate() {
-            if let Some(value) = *value
-                && before.is_none_or(|before| before.msrs[index] != Some(value))
-            {
+        let known = before.map_or(&self.msrs, |before| &before.msrs);
+        for (index, number) in MSRS.into_iter().enumerate() {
+            let value = self.msrs[index];
+            let differs = before.is_none() || known[index] != value;
+            if differs && self.present & 1 << index != 0 {
                 // SAFETY: it is there, nothing of the hypervisor uses it, and the value was the
                 // guest's.
                 unsafe { msr::write(number, value) };

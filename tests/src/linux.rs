@@ -5,6 +5,9 @@ use crate::harness::{Case, Ending, Input, Outcome, Suite};
 use anyhow::Result;
 use nix::sys::signal::Signal;
 use std::time::Duration;
+use xtask::progress::Progress;
+use xtask::provision::Provisioner;
+use xtask::{guest, paths};
 
 /// How long `cargo xtask run` may take to the prompt on the emulator.
 const TO_THE_PROMPT: Duration = Duration::from_secs(240);
@@ -16,6 +19,8 @@ pub fn add(suite: &mut Suite) {
     suite.add("linux::power_off_from_the_shell", power_off_from_the_shell);
     suite.add("linux::interrupted", interrupted);
     suite.add("linux::reset", reset);
+    suite.add("linux::hotplug", hotplug);
+    suite.add("linux::four_at_once", four_at_once);
 }
 
 /// What a kernel says when it finds something wrong with its PC.
@@ -258,6 +263,74 @@ fn reset(case: &mut Case) -> Result<()> {
         seen.ending.sentence(),
         "the guest linux has reset its machine",
     );
+    Ok(())
+}
+
+/// Takes its second CPU away and back a hundred times, and trusts its clock then.
+fn hotplug(case: &mut Case) -> Result<()> {
+    let seen = case
+        .machine()
+        .options(["--vcpus", "2", "--smp", "2"])
+        .exec(
+            "cd /sys/devices/system/cpu/cpu1; for i in $(seq 100); do echo 0 >online && echo 1 >online || exit 2; done; \
+            nproc; cat /sys/devices/system/clocksource/clocksource0/current_clocksource; \
+            dmesg | grep -c 'BUG:\\|WARNING:\\|unstable'; exit 0",
+        )
+        .limit(400)
+        .run()?;
+    case.check_equal("CPUs, clock, complaints", &*seen.output, "2\ntsc\n0\n");
+    case.check_equal("the status", &seen.ending, &Ending::Status(0));
+    Ok(())
+}
+
+/// Two of 64 bits and two of 32, each with a CPU of its own, to a first process that powers off.
+fn four_at_once(case: &mut Case) -> Result<()> {
+    let progress = Progress::new();
+    let provisioner = Provisioner::new(&progress);
+    let i386 = provisioner.i386();
+    let kernels = [
+        ("amd64", provisioner.default_guest()?.kernel),
+        ("i386", i386.kernel("linux-image-686")?),
+    ];
+    let (programs, applets) = provisioner.busybox()?;
+    let (programs_i386, applets_i386) = provisioner.busybox_i386()?;
+    let initrds = [
+        ("amd64.initrd", guest::initramfs(&programs, &applets)),
+        (
+            "i386.initrd",
+            guest::initramfs(&programs_i386, &applets_i386),
+        ),
+    ];
+    let mut files: Vec<(&str, Vec<u8>)> = initrds.to_vec();
+    for (name, kernel) in &kernels {
+        files.push((name, paths::read(kernel)?.to_vec()));
+    }
+    let config: String = (0..4)
+        .map(|cpu| {
+            let kind = if cpu < 2 { "amd64" } else { "i386" };
+            format!(
+                "[[vm]]\nname = \"linux{cpu}\"\nmemory = \"192M\"\ncpus = [{cpu}]\nkernel = \"{kind}\"\n\
+                initrd = \"{kind}.initrd\"\ncmdline = \"{} rdinit=/bin/busybox -- poweroff -f\"\n",
+                guest::CMDLINE
+            )
+        })
+        .collect();
+    let files: Vec<(&str, &[u8])> = files.iter().map(|(name, file)| (*name, &**file)).collect();
+    let seen = case
+        .machine()
+        .volume(&config, &files)?
+        .options(["--smp", "4"])
+        .limit(600)
+        .run()?;
+    for cpu in 0..4 {
+        case.check(
+            &format!("guest {cpu} powers off"),
+            seen.output
+                .contains(&format!("vireo: vm linux{cpu}: powered off")),
+            &seen.output,
+        );
+    }
+    case.check_equal("and so does the machine", seen.ending, Ending::Status(0));
     Ok(())
 }
 

@@ -28,6 +28,8 @@ pub struct Boot<'a> {
     pub job: Option<&'a str>,
     /// The emulator's CPU model.
     pub cpu: Option<&'a str>,
+    /// How many CPUs it has.
+    pub cpus: u32,
 }
 
 /// What was seen of it.
@@ -50,6 +52,7 @@ impl Boot<'_> {
         let mut config = MachineConfig {
             cpu_model: self.cpu.map(str::to_owned),
             ips: IPS,
+            cpus: self.cpus,
             ..MachineConfig::new(&folder.path.join(DISK), &folder.path, disk.memory())
         };
         self.system.write_disk(disk, &mut config)?;

@@ -10,13 +10,13 @@ use vireo_handoff::config::ApicMode;
 pub const TIERS: [ApicMode; 3] = [ApicMode::Emulated, ApicMode::FlexPriority, ApicMode::ApicV];
 
 /// The configuration that measures these tiers in one boot, one after the other: `kernel` is
-/// the guest.
-pub fn configuration(kernel: &str, cmdline: &str, tiers: &[ApicMode]) -> String {
+/// the guest, with so many vCPUs.
+pub fn configuration(kernel: &str, cmdline: &str, vcpus: u32, tiers: &[ApicMode]) -> String {
     let mut sections = String::new();
     let mut before = None;
     for tier in tiers {
         sections.push_str(&format!(
-            "[[vm]]\nname = \"{tier}\"\nmemory = \"128M\"\nkernel = \"{kernel}\"\ncmdline = \"{cmdline}\"\napic = \"{tier}\"\n"
+            "[[vm]]\nname = \"{tier}\"\nmemory = \"128M\"\nkernel = \"{kernel}\"\ncmdline = \"{cmdline}\"\napic = \"{tier}\"\nvcpus = {vcpus}\n"
         ));
         if let Some(before) = before.replace(tier) {
             sections.push_str(&format!("after = \"{before}\"\n"));
@@ -124,7 +124,7 @@ impl Tier {
             if complete {
                 continue;
             }
-            complete = line.starts_with("checks: 0 passed, 0 failed");
+            complete = line.starts_with("checks: ") && line.ends_with(" 0 failed");
             if let Some((row, count)) = tier.rows.last_mut().zip(line.strip_prefix(COUNT)) {
                 row.outer = row.outer.or(count.parse().ok());
             }
@@ -224,6 +224,13 @@ pub fn add_counts(tiers: &mut [Tier], counted: &[Tier]) {
                 .find(|other| other.name == row.name)
                 .and_then(|other| other.counts);
         }
+    }
+}
+
+/// Puts rows behind those that the same tiers have measured in another boot.
+pub fn add_rows(tiers: &mut [Tier], others: Vec<Tier>) {
+    for (tier, other) in tiers.iter_mut().zip(others) {
+        tier.rows.extend(other.rows);
     }
 }
 
@@ -361,7 +368,7 @@ mod tests {
     #[test]
     fn the_configuration_names_each_tier() {
         let config =
-            vireo_handoff::Config::parse("x", &configuration("bench", "pause", &TIERS)).unwrap();
+            vireo_handoff::Config::parse("x", &configuration("bench", "pause", 1, &TIERS)).unwrap();
         let modes: Vec<ApicMode> = config.vm.iter().map(|vm| vm.apic).collect();
         assert_eq!(modes, TIERS);
     }

@@ -123,7 +123,7 @@ fn nested(options: &Options, mut budgets: Budgets) -> Result<()> {
     progress.clear();
     let folder = RunFolder::create(None)?;
     let tiers = [ApicMode::Auto];
-    let guest = exit_guest(&folder.path, "pause", &tiers)?;
+    let guest = exit_guest(&folder.path, "pause", 1, &tiers)?;
     let boot = Boot {
         name: "nested",
         system: &System::Vireo(build::all()?),
@@ -131,6 +131,7 @@ fn nested(options: &Options, mut budgets: Budgets) -> Result<()> {
         volume: Volume::from_config(&guest, None, &provisioner)?,
         job: None,
         cpu: None,
+        cpus: 1,
     };
     let seen = boot::run_all(vec![boot], &folder.path, &progress)?.pop();
     progress.clear();
@@ -259,8 +260,8 @@ fn measure(options: &Options) -> Result<Measured> {
     let counting = System::Vireo(build::counting()?);
     let folder = RunFolder::create(None)?;
     let cpu = options.cpu.as_deref();
-    let guest = exit_guest(&folder.path, "", &exits::TIERS)?;
-    let exits = |name, system| -> Result<Boot> {
+    let exits = |name, system, cmdline, vcpus, cpus| -> Result<Boot> {
+        let guest = exit_guest(&folder.path, cmdline, vcpus, &exits::TIERS)?;
         Ok(Boot {
             name,
             system,
@@ -268,9 +269,15 @@ fn measure(options: &Options) -> Result<Measured> {
             volume: Volume::from_config(&guest, None, &provisioner)?,
             job: None,
             cpu,
+            cpus,
         })
     };
-    let mut boots = vec![exits("exits", &plain)?, exits("vmcs", &counting)?];
+    let mut boots = vec![
+        exits("exits", &plain, "", 1, 1)?,
+        exits("vmcs", &counting, "", 1, 1)?,
+        exits("apart", &plain, "apart", 2, 2)?,
+        exits("together", &plain, "together", 2, 1)?,
+    ];
     let linux = bare
         .map(|bare| LinuxGuest::new(&provisioner, &bochs, bare, cpu))
         .transpose()?;
@@ -285,6 +292,9 @@ fn measure(options: &Options) -> Result<Measured> {
         exits::require_all(&tiers)?;
     }
     exits::add_counts(&mut tiers, &self::tiers(&next()?, &exits::TIERS)?);
+    for _ in ["apart", "together"] {
+        exits::add_rows(&mut tiers, self::tiers(&next()?, &exits::TIERS)?);
+    }
     let linux = match linux {
         Some(guest) => Some(guest.measured(next()?, next()?, seen.next())?),
         None => None,
@@ -293,11 +303,11 @@ fn measure(options: &Options) -> Result<Measured> {
 }
 
 /// Puts the guest `bench` and its configuration into `folder`.
-fn exit_guest(folder: &Path, cmdline: &str, tiers: &[ApicMode]) -> Result<PathBuf> {
+fn exit_guest(folder: &Path, cmdline: &str, vcpus: u32, tiers: &[ApicMode]) -> Result<PathBuf> {
     let name = "bench";
     let config = folder.join("vireo.toml");
     fs::copy(build::guest(name)?, folder.join(name))
-        .and_then(|_| fs::write(&config, exits::configuration(name, cmdline, tiers)))
+        .and_then(|_| fs::write(&config, exits::configuration(name, cmdline, vcpus, tiers)))
         .with_context(|| format!("cannot write {}", folder.display()))?;
     Ok(config)
 }
@@ -382,6 +392,7 @@ impl<'a> LinuxGuest<'a> {
                 volume: self.volume(statistics, provisioner)?,
                 job: Some(&self.nonce),
                 cpu,
+                cpus: 1,
             })
         };
         let mut boots = vec![

@@ -11,8 +11,12 @@
 //! include the counting. With the command line `pause`, each line is followed by a
 //! pause, in which somebody outside can look at counters of his own, and nothing is
 //! measured three times, the second time with a longer line.
+//!
+//! With `apart` or `together` it measures two CPUs ([`pair`]).
 #![no_std]
 #![no_main]
+
+mod pair;
 
 use core::arch::{asm, naked_asm};
 use core::sync::atomic::AtomicU32;
@@ -57,6 +61,23 @@ macro_rules! raw {
 }
 
 fn run() {
+    if start_info::command_line_is("apart") {
+        apic::set_x2apic(true);
+        pair::apart();
+    } else if start_info::command_line_is("together") {
+        apic::set_x2apic(true);
+        pair::together();
+    } else {
+        alone();
+    }
+    (0..NUMBER.get())
+        .filter_map(|at| MEASURED.at(at))
+        .for_each(print);
+    report::finish();
+}
+
+/// All that one CPU can measure.
+fn alone() {
     instructions();
     registers();
     memory();
@@ -68,10 +89,6 @@ fn run() {
     apic::set_x2apic(false);
     exceptions::set_raw(VECTOR, end_xapic);
     interrupts::<XApic>();
-    (0..NUMBER.get())
-        .filter_map(|at| MEASURED.at(at))
-        .for_each(print);
-    report::finish();
 }
 
 /// What a hypervisor that counts has counted, in the order of the output.
@@ -91,6 +108,18 @@ fn counts() -> Option<Counts> {
 #[inline(always)]
 fn measure(name: &'static str, rounds: u64, body: impl FnMut()) {
     measure_in("", name, rounds, body);
+}
+
+/// The same where one call of `body` is not a round: [`ROUNDS`] of it are `rounds`.
+#[inline(always)]
+fn measure_rounds(name: &'static str, rounds: u64, mut body: impl FnMut()) {
+    body();
+    let start = rdtsc();
+    for _ in 0..ROUNDS {
+        body();
+    }
+    let ticks = rdtsc() - start;
+    keep("", name, ticks, rounds, None);
 }
 
 /// The same with the APIC's mode in front of the name.

@@ -1,0 +1,100 @@
+//! Two CPUs: an interrupt from one to the other, both on processors of their own, or both on
+//! one, where the second comes to run when the first waits.
+
+use super::{ROUNDS, VECTOR, end_x2apic, measure_rounds, write_msr};
+use core::arch::{asm, naked_asm};
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+use vireo_test_guests::apic::register;
+use vireo_test_guests::cpu::{self, msr};
+use vireo_test_guests::{apic, check, exceptions, processors};
+
+/// Interrupts that the other has taken.
+static TAKEN: AtomicU32 = AtomicU32::new(0);
+static READY: AtomicBool = AtomicBool::new(false);
+static STOP: AtomicBool = AtomicBool::new(false);
+
+/// The shortest handler that tells: counts, and ends the interrupt.
+#[unsafe(naked)]
+unsafe extern "C" fn take() {
+    naked_asm!(
+        "inc dword ptr [{taken}]",
+        "jmp {end}",
+        taken = sym TAKEN,
+        end = sym end_x2apic,
+    )
+}
+
+#[inline(always)]
+fn send(id: u32) {
+    write_msr(
+        msr::X2APIC + register::ICR / 16,
+        u64::from(id) << 32 | u64::from(VECTOR),
+    );
+}
+
+#[inline(always)]
+fn halt() {
+    // SAFETY: waits; the interrupt has a handler.
+    unsafe { asm!("sti", "hlt", "cli", options(nostack)) };
+}
+
+/// The second CPU, in x2APIC mode as the first is.
+fn start() {
+    processors::prepare();
+    check("the second CPU starts", processors::start(1));
+    processors::run(1, || {
+        let base = cpu::rdmsr_unchecked(msr::APIC_BASE);
+        cpu::wrmsr_unchecked(msr::APIC_BASE, base | apic::X2APIC);
+        apic::write_unchecked(register::SVR, apic::SVR_ENABLED);
+    });
+    exceptions::set_raw(VECTOR, take);
+}
+
+/// Each on its own processor.
+pub fn apart() {
+    start();
+    processors::give(1, || {
+        while !STOP.load(SeqCst) {
+            core::hint::spin_loop();
+        }
+    });
+    let mut round = 0;
+    measure_rounds("IPI to a running CPU, taken, EOI, seen", ROUNDS, || {
+        round += 1;
+        send(1);
+        while TAKEN.load(SeqCst) != round {
+            core::hint::spin_loop();
+        }
+    });
+    STOP.store(true, SeqCst);
+}
+
+/// Both on one.
+pub fn together() {
+    start();
+    processors::give(1, || {
+        cpu::disable_interrupts();
+        READY.store(true, SeqCst);
+        while !STOP.load(SeqCst) {
+            halt();
+            send(0);
+        }
+        cpu::enable_interrupts();
+    });
+    check(
+        "the other is there",
+        processors::wait(|| READY.load(SeqCst)),
+    );
+    cpu::disable_interrupts();
+    // There and back are two.
+    measure_rounds(
+        "IPI to a vCPU of the same CPU, HLT, switch, EOI",
+        2 * ROUNDS,
+        || {
+            send(1);
+            halt();
+        },
+    );
+    STOP.store(true, SeqCst);
+    send(1);
+}
