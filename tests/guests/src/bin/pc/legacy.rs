@@ -347,7 +347,7 @@ fn power_management() {
         in16(report::PM1A_CONTROL) & 1,
         1,
     );
-    out16(report::PM1A_CONTROL, 1 << 13 | 1 << 10);
+    out16(report::PM1A_CONTROL, 1 << 13 | 3 << 10);
     check("a sleep state that is not there does nothing", true);
     out8(0xb2, 0xf0);
     check_equal(
