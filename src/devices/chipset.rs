@@ -41,6 +41,24 @@ const DEBUG_EXIT_LAST: u16 = pc::DEBUG_EXIT + 3;
 const TEST_ECHO_LAST: u16 = pc::TEST_ECHO + 3;
 const TEST_LINES_LAST: u16 = pc::TEST_LINES + ioapic::PINS as u16 - 1;
 
+/// What a BIOS writes to interrupt controllers and timer: vectors 0x08 and 0x70, the timer
+/// alone unmasked, 18.2 times a second.
+const BIOS_WRITES: [(u16, u8); 13] = [
+    (pc::PIC_MASTER, 0x11),
+    (PIC_MASTER_DATA, 0x08),
+    (PIC_MASTER_DATA, 0x04),
+    (PIC_MASTER_DATA, 0x01),
+    (PIC_MASTER_DATA, 0xfa),
+    (pc::PIC_SLAVE, 0x11),
+    (PIC_SLAVE_DATA, 0x70),
+    (PIC_SLAVE_DATA, 0x02),
+    (PIC_SLAVE_DATA, 0x01),
+    (PIC_SLAVE_DATA, 0xff),
+    (PIT_LAST, 0x34),
+    (pc::PIT, 0),
+    (pc::PIT, 0),
+];
+
 /// What differs from PC to PC.
 #[derive(Clone, Debug, Default)]
 pub struct ChipsetConfig {
@@ -56,6 +74,8 @@ pub struct ChipsetConfig {
     pub test_device: bool,
     /// It has firmware, which expects a chipset on the PCI bus ([`super::i440fx`]).
     pub firmware: bool,
+    /// Interrupt controllers and timer are as a BIOS leaves them.
+    pub as_by_bios: bool,
     /// What it can ask for.
     pub fw_cfg: FwCfg,
 }
@@ -95,7 +115,7 @@ impl Chipset {
         };
         let mut interrupts = Interrupts::new(config.io_apic_id);
         interrupts.write_pic(ELCR_SLAVE, 1 << (pc::SCI_IRQ - 8));
-        Self {
+        let mut new = Self {
             interrupts,
             pit: Pit::new(clock, now),
             rtc: Rtc::new(clock, now, config.wall_clock, ram),
@@ -112,7 +132,13 @@ impl Chipset {
             test: config.test_device.then(TestDevice::default),
             deadline: Ticks(u64::MAX),
             unclaimed: 0,
+        };
+        if config.as_by_bios {
+            for (port, value) in BIOS_WRITES {
+                new.write_byte(now, port, value);
+            }
         }
+        new
     }
 
     /// Reads `width` (up to 4) bytes from `port`. Where nobody answers the

@@ -265,6 +265,7 @@ impl Living {
             io_apic_id: config.vcpus as u8,
             test_device: config.test_device,
             firmware: config.firmware.is_some(),
+            as_by_bios: loaded.entry.as_by_bios,
             fw_cfg: loaded.told,
         };
         let width = address_width();

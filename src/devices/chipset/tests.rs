@@ -20,6 +20,7 @@ fn with_firmware(firmware: bool) -> Chipset {
             io_apic_id: 1,
             test_device: true,
             fw_cfg: FwCfg::default(),
+            as_by_bios: false,
             firmware,
         },
     )
@@ -320,6 +321,21 @@ fn fw_cfg_is_selected_by_a_word_and_asked_for_transfers_by_two() {
         chipset.port_write(NOW, 0x518, Width::Dword, 0x7856_3412),
         Some(Request::Transfer(Gpa(0x1_1234_5678)))
     );
+}
+
+#[test]
+fn the_timer_of_a_bios_interrupts_at_its_vector() {
+    let config = ChipsetConfig {
+        as_by_bios: true,
+        ..ChipsetConfig::default()
+    };
+    let mut chipset = Chipset::new(Clock::new(HZ), NOW, &config);
+    let due = chipset.deadline().unwrap();
+    assert!((due.0 - NOW.0).abs_diff(HZ * 10 / 182) < HZ / 1000);
+    assert!(!chipset.intr());
+    chipset.advance(due);
+    assert!(chipset.intr());
+    assert_eq!(chipset.acknowledge_pic(), 8);
 }
 
 #[test]

@@ -174,6 +174,7 @@ pub fn load(images: &Images, machine: &Machine) -> Result<EntryState, BootError>
         gdt_limit,
         code_selector: CODE_SELECTOR,
         data_selector: DATA_SELECTOR,
+        as_by_bios: false,
     })
 }
 

@@ -41,6 +41,8 @@ pub struct EntryState {
     pub gdt_limit: u16,
     pub code_selector: u16,
     pub data_selector: u16,
+    /// The rest of the machine is as a BIOS leaves it.
+    pub as_by_bios: bool,
 }
 
 impl EntryState {
@@ -70,6 +72,7 @@ impl EntryState {
             gdt_limit: 0xffff,
             code_selector,
             data_selector: 0,
+            as_by_bios: false,
         }
     }
 }

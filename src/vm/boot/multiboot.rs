@@ -8,6 +8,10 @@
 //! 0x91000    the list of modules
 //! ```
 //!
+//! The specification wants the rest of the machine as a BIOS leaves it (3.2), for kernels that go
+//! back to real mode. Of a BIOS there are the interrupt controllers' and the timer's state, and
+//! interrupt vectors, which end at once.
+//!
 //! Command lines begin with the file's name, as other loaders have it. Modules follow the
 //! kernel, each at a page of its own, whether it asks for that or not.
 
@@ -15,7 +19,7 @@ use super::elf::{self, Segment, Segments};
 use super::placement::{self, CODE_SELECTOR, CodeSegment, DATA_SELECTOR, PlacedModule, Places};
 use super::{BootError, EntryMode, EntryState, Images, Machine, Module};
 use crate::addr::Gpa;
-use crate::vm::memory::OutOfSlot;
+use crate::vm::memory::{GuestMemory, OutOfSlot};
 use crate::vm::memory_map::{HIGH_RAM, LOW_RAM_END};
 use alloc::borrow::Cow;
 use vireo_handoff::image::multiboot::{Addresses, Header};
@@ -93,6 +97,7 @@ pub fn load(header: &Header, images: &Images, machine: &Machine) -> Result<Entry
         .collect();
     let modules = placement::write_modules(memory, &PLACES, &all, end..ram_end, MODULE_ENTRY)?;
     write_info(&modules, machine)?;
+    write_vectors(memory)?;
     let (gdt_base, gdt_limit) = placement::write_gdt(memory, &PLACES, CodeSegment::Bits32)?;
     Ok(EntryState {
         mode: EntryMode::Protected32,
@@ -105,6 +110,7 @@ pub fn load(header: &Header, images: &Images, machine: &Machine) -> Result<Entry
         gdt_limit,
         code_selector: CODE_SELECTOR,
         data_selector: DATA_SELECTOR,
+        as_by_bios: true,
     })
 }
 
@@ -153,6 +159,31 @@ fn placed<'a>(
         size: end - start,
         bytes,
     })
+}
+
+/// Writes real mode's interrupt vectors: of the timer, and of all else.
+fn write_vectors(memory: &GuestMemory) -> Result<(), OutOfSlot> {
+    const TIMER: usize = 8;
+    /// Offsets in the segment 0xf000, where BIOSes have these.
+    const TIMER_HANDLER: u16 = 0xfea5;
+    const RETURN: u16 = 0xff53;
+    const SEGMENT: u16 = 0xf000;
+    /// push ax; mov al, 0x20; out 0x20, al; pop ax; iret
+    const END_OF_INTERRUPT: [u8; 7] = [0x50, 0xb0, 0x20, 0xe6, 0x20, 0x58, 0xcf];
+    const IRET: [u8; 1] = [0xcf];
+
+    for vector in 0..256 {
+        let offset = if vector == TIMER {
+            TIMER_HANDLER
+        } else {
+            RETURN
+        };
+        let entry = u32::from(SEGMENT) << 16 | u32::from(offset);
+        memory.write(Gpa(4 * vector as u64), &entry.to_le_bytes())?;
+    }
+    let at = |offset: u16| Gpa((u64::from(SEGMENT) << 4) + u64::from(offset));
+    memory.write(at(TIMER_HANDLER), &END_OF_INTERRUPT)?;
+    memory.write(at(RETURN), &IRET)
 }
 
 fn write_info(modules: &[PlacedModule], machine: &Machine) -> Result<(), OutOfSlot> {

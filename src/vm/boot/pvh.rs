@@ -77,6 +77,7 @@ pub(super) fn load(
         gdt_limit,
         code_selector: CODE_SELECTOR,
         data_selector: DATA_SELECTOR,
+        as_by_bios: false,
     })
 }
 

@@ -204,6 +204,21 @@ fn the_boot_information_tells_of_memory_command_line_modules_and_loader() {
 }
 
 #[test]
+fn interrupts_in_real_mode_end_at_once() {
+    let mut guest = Guest::new();
+    let entry = guest.load(&flat(PLACED), "").unwrap();
+    assert!(entry.as_by_bios);
+    for vector in [0, 7, 9, 0x10, 0x73, 0xff] {
+        let place = guest.u32(4 * vector);
+        let at = (place >> 16 << 4) + (place & 0xffff);
+        assert_eq!(guest.ram[at as usize], 0xcf);
+    }
+    let timer = guest.u32(4 * 8);
+    let at = ((timer >> 16 << 4) + (timer & 0xffff)) as usize;
+    assert_eq!(guest.ram[at + 3..at + 7], [0xe6, 0x20, 0x58, 0xcf]);
+}
+
+#[test]
 fn command_lines_begin_with_a_name() {
     assert_eq!(with_name("a", "b c"), "a b c");
     assert_eq!(with_name("a", ""), "a");
@@ -403,7 +418,7 @@ proptest! {
             if let Ok(entry) = guest.load(image, "") {
                 prop_assert!((0x1000..RAM as u64).contains(&entry.rip));
             }
-            prop_assert!(guest.ram[0xe_0000..0x10_0000].iter().all(|byte| *byte == 0x55));
+            prop_assert!(guest.ram[0xe_0000..0xf_f000].iter().all(|byte| *byte == 0x55));
         }
     }
 }
