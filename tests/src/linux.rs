@@ -319,7 +319,7 @@ fn four_at_once(case: &mut Case) -> Result<()> {
     let seen = case
         .machine()
         .volume(&config, &files)?
-        .options(["--smp", "4"])
+        .options(["--smp", "4", "--machine-memory", "1200M"])
         .limit(600)
         .run()?;
     for cpu in 0..4 {
