@@ -83,6 +83,12 @@ pub fn unblock_nmis() {
     }
 }
 
+/// EAX, EBX, ECX and EDX of a CPUID leaf that has no others beside it.
+pub fn leaf(number: u32) -> [u32; 4] {
+    let result = core::arch::x86_64::__cpuid(number);
+    [result.eax, result.ebx, result.ecx, result.edx]
+}
+
 /// The time-stamp counter, in ticks. Not serialized.
 #[inline]
 pub fn rdtsc() -> u64 {

@@ -25,6 +25,7 @@ use crate::vm::fw_cfg::{self, Kernel};
 use crate::vm::machine::{Host, Links, Vm};
 use crate::vm::memory::{GuestMemory, OutOfSlot};
 use crate::vm::memory_map::MemoryMap;
+use crate::vm::mp;
 use crate::vm::slots::SlotKind;
 use crate::vmx::ept::EptError;
 use crate::vmx::live_state::LiveState;
@@ -571,6 +572,8 @@ impl Loading {
         let config = self.config;
         let memory = self.memory()?;
         let rsdp = acpi::write(&memory, config.vcpus).map_err(StartError::Tables)?;
+        let [signature, _, _, features] = cpu::leaf(1);
+        mp::write(&memory, config.vcpus, [signature, features]).map_err(StartError::Tables)?;
         let name = config.kernel.as_deref().unwrap_or_default();
         let modules: Result<Vec<Module>, StartError> = config
             .modules

@@ -9,5 +9,6 @@ pub mod machine;
 pub mod mailbox;
 pub mod memory;
 pub mod memory_map;
+pub mod mp;
 pub mod slots;
 pub mod stillness;

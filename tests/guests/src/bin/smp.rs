@@ -6,7 +6,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
 use vireo_test_guests::apic::{self, entry, register};
 use vireo_test_guests::cpu::{self, msr, rdtsc};
 use vireo_test_guests::exceptions::{self, Frame, vector};
-use vireo_test_guests::memory::read8;
+use vireo_test_guests::memory::{read8, read32};
 use vireo_test_guests::processors::{self, MOST, wait};
 use vireo_test_guests::report::{check_named, say};
 use vireo_test_guests::{acpi, check, check_equal, io_apic, pit, start_info, time};
@@ -47,6 +47,7 @@ fn run() {
         (2..=MOST as u32).contains(&count),
         format_args!("{count}"),
     );
+    check_equal("the MP table lists as many", in_mp_table(), count);
     let [_, logical, _, id] = cpu::cpuid(0xb, 1);
     check_equal("CPUID counts as many", logical & 0xffff, count);
     check_equal("CPUID names this one", id, 0);
@@ -90,6 +91,29 @@ fn listed() -> u32 {
     while at < end {
         count += u32::from(read8(at) == 0 && read8(at + 4) & 1 != 0);
         at += u64::from(read8(at + 1).max(2));
+    }
+    count
+}
+
+/// Processors in the table of the MultiProcessor Specification; 0 where something is wrong
+/// with it.
+fn in_mp_table() -> u32 {
+    let Some(pointer) = (0xf_0000u64..0x10_0000)
+        .step_by(16)
+        .find(|&at| acpi::signature(at) == *b"_MP_")
+    else {
+        return 0;
+    };
+    let table = u64::from(read32(pointer + 4));
+    let length = read32(table + 4) & 0xffff;
+    let whole = acpi::checksum_is_right(pointer, 16)
+        && acpi::signature(table) == *b"PCMP"
+        && acpi::checksum_is_right(table, length);
+    let (mut at, mut count) = (table + 44, 0);
+    while whole && at < table + u64::from(length) {
+        let processor = read8(at) == 0;
+        count += u32::from(processor && read8(at + 3) & 1 != 0);
+        at += if processor { 20 } else { 8 };
     }
     count
 }
