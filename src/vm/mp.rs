@@ -82,7 +82,7 @@ fn table(vcpus: u32, [signature, features]: [u32; 2]) -> Vec<u8> {
     entry(&mut bytes, &[3, kind::EXTINT, 0, 0, ISA, 0, io_apic, 0]);
     for line in lines {
         let pin = if line == pc::PIT_IRQ {
-            pc::PIT_PIN as u8
+            pc::PIT_PIN
         } else {
             line
         };
