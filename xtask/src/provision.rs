@@ -101,9 +101,10 @@ impl<'a> Provisioner<'a> {
     /// # Errors
     /// When they cannot be fetched.
     pub fn default_guest(&self) -> Result<DefaultGuest> {
+        let kernel = self.kernel(KERNEL)?;
         let (busybox, applets) = self.busybox()?;
         Ok(DefaultGuest {
-            kernel: self.kernel(KERNEL)?,
+            kernel,
             busybox,
             applets,
         })
