@@ -83,9 +83,9 @@ pub fn unblock_nmis() {
     }
 }
 
-/// EAX, EBX, ECX and EDX of a CPUID leaf that has no others beside it.
-pub fn leaf(number: u32) -> [u32; 4] {
-    let result = core::arch::x86_64::__cpuid(number);
+/// EAX, EBX, ECX and EDX of a CPUID leaf, as they are.
+pub fn leaf(number: u32, subleaf: u32) -> [u32; 4] {
+    let result = core::arch::x86_64::__cpuid_count(number, subleaf);
     [result.eax, result.ebx, result.ecx, result.edx]
 }
 

@@ -105,6 +105,8 @@ pub const S3_SLEEP_TYPE: u8 = 1;
 /// SLP_TYP of soft-off, for the `\_S5` package.
 pub const S5_SLEEP_TYPE: u8 = 5;
 
+/// Where the local APICs' registers are after a reset.
+pub const LOCAL_APIC_BASE: u64 = 0xfee0_0000;
 /// Guest physical address of the I/O APIC's page.
 pub const IO_APIC_BASE: u64 = 0xfec0_0000;
 /// End of the guest physical addresses from [`IO_APIC_BASE`] on that belong to the interrupt

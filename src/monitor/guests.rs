@@ -572,7 +572,7 @@ impl Loading {
         let config = self.config;
         let memory = self.memory()?;
         let rsdp = acpi::write(&memory, config.vcpus).map_err(StartError::Tables)?;
-        let [signature, _, _, features] = cpu::leaf(1);
+        let [signature, _, _, features] = cpu::leaf(1, 0);
         mp::write(&memory, config.vcpus, [signature, features]).map_err(StartError::Tables)?;
         let name = config.kernel.as_deref().unwrap_or_default();
         let modules: Result<Vec<Module>, StartError> = config

@@ -378,9 +378,7 @@ impl Guest {
             } else {
                 self.control.ask(request);
             }
-            for mailbox in running.mailboxes.iter() {
-                mailbox.post(Events::REQUEST);
-            }
+            Mailbox::post_to_all(&running.mailboxes, Events::REQUEST);
             Ok(())
         })
     }
@@ -468,9 +466,7 @@ impl Guest {
                 return Err(life.why_not_steered());
             };
             self.control.ask_for_states(running.mailboxes.len());
-            for mailbox in running.mailboxes.iter() {
-                mailbox.post(Events::REQUEST);
-            }
+            Mailbox::post_to_all(&running.mailboxes, Events::REQUEST);
             Ok(())
         })
     }

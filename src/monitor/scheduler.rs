@@ -85,11 +85,6 @@ impl Task {
     fn is_ready(&self) -> bool {
         self.state == State::Ready
     }
-
-    /// The number of the guest's vCPU that it is, and the guest.
-    pub fn into_parts(self) -> (Vcpu, Arc<Living>) {
-        (self.vcpu, self.living)
-    }
 }
 
 impl Scheduler {
@@ -283,8 +278,7 @@ impl Scheduler {
         if self.owner == Some(task.number) {
             self.owner = None;
         }
-        let (vcpu, living) = task.into_parts();
-        guests::vcpu_ended(self, vcpu, living, end);
+        guests::vcpu_ended(self, task.vcpu, task.living, end);
     }
 
     /// Nothing is to be done before the next moment, or an interrupt.

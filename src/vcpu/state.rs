@@ -13,6 +13,7 @@ use super::run::Activity;
 use super::timer::{EntryTimer, NEVER};
 use super::{Attention, Vcpu, virtual_apic};
 use crate::addr::Hva;
+use crate::arch::cpu;
 use crate::arch::msr::try_read;
 use crate::arch::registers::GeneralRegisters;
 use crate::devices::local_apic::{APIC_TIMER_HZ, LocalApic};
@@ -148,7 +149,7 @@ impl Vcpu {
             xsaves: controls.has(SecondaryControls::ENABLE_XSAVES_XRSTORS),
             fast_strings,
         };
-        let mut table = CpuidTable::new(host_cpuid, &options, id);
+        let mut table = CpuidTable::new(cpu::leaf, &options, id);
         table.set_apic_enabled(true);
         let mut msrs = Msrs::new(
             &table,
@@ -436,9 +437,4 @@ impl Mode {
             },
         }
     }
-}
-
-fn host_cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
-    let result = core::arch::x86_64::__cpuid_count(leaf, subleaf);
-    [result.eax, result.ebx, result.ecx, result.edx]
 }

@@ -19,7 +19,6 @@ use alloc::vec::Vec;
 
 const OEM: [u8; 6] = *b"VIREO ";
 const TABLE: [u8; 8] = *b"VIREOPC ";
-const LOCAL_APIC: u32 = 0xfee0_0000;
 const HEADER: u32 = 36;
 
 /// All tables but the root pointer behind each other, with addresses that count from the first
@@ -243,7 +242,7 @@ fn madt(vcpus: u32) -> Sdt {
     const FIRST_X2APIC_ID: u32 = 255;
 
     let mut table = Sdt::new(*b"APIC", HEADER, 5, OEM, TABLE, 1);
-    table.append(LOCAL_APIC);
+    table.append(pc::LOCAL_APIC_BASE as u32);
     table.append(1u32); // PC-AT compatible: the 8259s are there
     for id in 0..vcpus {
         if id < FIRST_X2APIC_ID {

@@ -186,9 +186,7 @@ impl Vm {
     /// Has all vCPUs end.
     pub fn end(&self) {
         self.control.ask(Request::STOP);
-        for mailbox in self.mailboxes.iter() {
-            mailbox.post(Events::REQUEST);
-        }
+        Mailbox::post_to_all(&self.mailboxes, Events::REQUEST);
     }
 
     /// Whether it ends.

@@ -185,6 +185,13 @@ impl Mailbox {
         }
     }
 
+    /// Has all these vCPUs look at `events`.
+    pub fn post_to_all(mailboxes: &[Self], events: Events) {
+        for mailbox in mailboxes {
+            mailbox.post(events);
+        }
+    }
+
     /// Has the CPU told by NMI while it is the vCPU's turn.
     pub fn tell_by_nmi(&self) {
         self.by_nmi.store(true, Ordering::Relaxed);

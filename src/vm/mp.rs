@@ -12,7 +12,6 @@ pub const POINTER: Gpa = Gpa(0xf_0000);
 const TABLE: u64 = POINTER.0 + 16;
 /// Bytes of the table's header.
 const HEADER: usize = 44;
-const LOCAL_APIC: u32 = 0xfee0_0000;
 /// Versions of integrated local APICs and of this I/O APIC, as their registers say.
 const LOCAL_APIC_VERSION: u8 = 0x15;
 const IO_APIC_VERSION: u8 = 0x20;
@@ -56,7 +55,7 @@ fn table(vcpus: u32, [signature, features]: [u32; 2]) -> Vec<u8> {
     bytes.extend(*b"VIREO   VIREO PC    ");
     // No table of the maker's; the number of entries comes later.
     bytes.extend([0; 8]);
-    bytes.extend(LOCAL_APIC.to_le_bytes());
+    bytes.extend((pc::LOCAL_APIC_BASE as u32).to_le_bytes());
     bytes.extend([0; 4]);
     let mut count = 0u16;
     let mut entry = |bytes: &mut Vec<u8>, entry: &[u8]| {
@@ -136,7 +135,7 @@ mod tests {
             let table = table(vcpus, [0x306a9, 0x1783_fbff]);
             assert_eq!(sum(&table), 0);
             assert_eq!(table[4..6], (table.len() as u16).to_le_bytes());
-            assert_eq!(table[36..40], LOCAL_APIC.to_le_bytes());
+            assert_eq!(table[36..40], (pc::LOCAL_APIC_BASE as u32).to_le_bytes());
             let (mut at, mut kinds) = (HEADER, [0u32; 5]);
             while at < table.len() {
                 let kind = usize::from(table[at]);

@@ -62,7 +62,7 @@ impl LiveState {
         let size = if supported == 0 {
             LEAST_IMAGE
         } else {
-            LEAST_IMAGE.max(core::arch::x86_64::__cpuid_count(0xd, 0).ecx as usize)
+            LEAST_IMAGE.max(cpu::leaf(0xd, 0)[2] as usize)
         };
         let mut vectors = Vec::new();
         vectors.try_reserve_exact(size.div_ceil(64))?;

@@ -3,15 +3,15 @@
 
 use super::{Fault, LocalApic, Mode};
 use crate::devices::Ticks;
+use crate::devices::pc::LOCAL_APIC_BASE;
 
 const BOOTSTRAP: u64 = 1 << 8;
 const X2APIC: u64 = 1 << 10;
 const ENABLED: u64 = 1 << 11;
-const DEFAULT_ADDRESS: u64 = 0xfee0_0000;
 
 /// Address and bootstrap flag at power-on.
 pub const fn at_power_on(bootstrap: bool) -> u64 {
-    DEFAULT_ADDRESS | if bootstrap { BOOTSTRAP } else { 0 }
+    LOCAL_APIC_BASE | if bootstrap { BOOTSTRAP } else { 0 }
 }
 
 impl LocalApic {
