@@ -22,6 +22,7 @@ use super::rtc::{MemorySize, Rtc};
 use super::system::SystemPorts;
 use super::test::TestDevice;
 use super::uart::{Output, Uart};
+use super::vga::{TextMode, Vga};
 use super::{Clock, Message, Ticks, Width, ioapic, pc};
 use crate::addr::Gpa;
 use interrupts::Interrupts;
@@ -99,6 +100,7 @@ pub struct Chipset {
     system: SystemPorts,
     pci: ConfigPorts,
     fw_cfg: FwCfg,
+    vga: Vga,
     test: Option<TestDevice>,
     /// The earliest of its devices.
     deadline: Ticks,
@@ -129,6 +131,7 @@ impl Chipset {
                 ConfigPorts::default()
             },
             fw_cfg: config.fw_cfg.clone(),
+            vga: Vga::default(),
             test: config.test_device.then(TestDevice::default),
             deadline: Ticks(u64::MAX),
             unclaimed: 0,
@@ -373,6 +376,11 @@ impl Chipset {
         wakes
     }
 
+    /// How its screen shows text; `None` while it shows graphics.
+    pub fn text_mode(&self) -> Option<TextMode> {
+        self.vga.text_mode()
+    }
+
     /// Whether the guest masks the NMI (bit 7 of port 0x70).
     pub const fn nmi_masked(&self) -> bool {
         self.rtc.nmi_masked()
@@ -447,9 +455,10 @@ impl Chipset {
             pc::FW_CFG_DMA..=FW_CFG_DMA_LAST => FwCfg::signature(port - pc::FW_CFG_DMA),
             pc::TEST_ECHO..=TEST_ECHO_LAST => *self.test.as_mut()?.echo(port - pc::TEST_ECHO),
             _ => {
-                return self
-                    .moved(port)
-                    .and_then(|port| self.read_device(now, port));
+                return match self.moved(port) {
+                    Some(port) => self.read_device(now, port),
+                    None => self.vga.read(port),
+                };
             }
         })
     }
@@ -538,7 +547,7 @@ impl Chipset {
             _ => {
                 return match self.moved(port) {
                     Some(port) => self.write_device(now, port, value),
-                    None => Write::Unclaimed,
+                    None => claimed(self.vga.write(port, value)),
                 };
             }
         };

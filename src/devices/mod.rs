@@ -25,6 +25,7 @@ pub mod rtc;
 pub mod system;
 pub mod test;
 pub mod uart;
+pub mod vga;
 
 pub use clock::{Clock, Ticks};
 pub use line::Line;

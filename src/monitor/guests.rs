@@ -404,6 +404,7 @@ fn conclude(scheduler: &mut Scheduler, living: Living) {
         vm,
         _block: block,
     } = living;
+    registered.keep_screen(vm.screen());
     // The memory is there again when the end is told.
     drop((vm, block, quiet));
     let name = &registered.config().name;

@@ -3,7 +3,7 @@
 //! The locks are taken with interrupts off, and for moments only: the operator's commands
 //! ask in an interrupt.
 
-use super::console::commands::Action;
+use super::console::commands::{Action, View};
 use super::console::{self, commands};
 use super::guests::{self, Loaded};
 use super::processors::Processor;
@@ -71,6 +71,7 @@ struct Past {
     /// Of each vCPU, as the traces.
     each: Vec<Exits>,
     traces: Vec<Vec<Traced>>,
+    screen: String,
 }
 
 /// What a guest's CPU is to do.
@@ -108,6 +109,8 @@ struct Running {
     /// Of the vCPUs that are there.
     statistics: Vec<Statistics<Vcpu>>,
     then: Then,
+    /// What its screen has shown last, when it has ended.
+    screen: String,
 }
 
 impl Life {
@@ -140,12 +143,13 @@ impl Running {
     }
 
     /// `None` where none of its vCPUs is there.
-    fn past(&self) -> Option<Past> {
+    fn past(&mut self) -> Option<Past> {
         Some(Past {
             tier: self.tier?,
             exits: self.exits(),
             each: self.exits_of_each(),
             traces: self.traces(),
+            screen: mem::take(&mut self.screen),
         })
     }
 
@@ -410,6 +414,7 @@ impl Guest {
             tier: None,
             statistics: Vec::new(),
             then: Then::AsConfigured,
+            screen: String::new(),
         });
         self.with(|life| *life = running);
         self.console.attach(Some(vm.mailboxes()));
@@ -434,6 +439,15 @@ impl Guest {
         })
     }
 
+    /// It is going to end, and its screen shows this.
+    pub fn keep_screen(&self, screen: String) {
+        self.with(|life| {
+            if let Life::Running(running) = life {
+                running.screen = screen;
+            }
+        });
+    }
+
     /// It has ended, or could not start.
     pub fn ended(&self, how: &impl ToString) {
         let how = how.to_string();
@@ -456,27 +470,35 @@ impl Guest {
         console::ended(self.index);
     }
 
-    /// Asks it for its state.
+    /// Asks for what the operator wants to see; `Some` where that is there already.
     ///
     /// # Errors
     /// Why that cannot be.
-    pub fn ask_for_dump(&self) -> Result<(), &'static str> {
+    pub fn ask_to_show(&self, view: View) -> Result<Option<String>, &'static str> {
         self.with(|life| {
-            let Life::Running(running) = life else {
-                return Err(life.why_not_steered());
+            let running = match (life, view) {
+                (Life::Running(running), _) => running,
+                (Life::Ended { was: Some(was), .. }, View::Screen) => {
+                    return Ok(Some(was.screen.clone()));
+                }
+                (other, _) => return Err(other.why_not_steered()),
             };
-            self.control.ask_for_states(running.mailboxes.len());
+            let (what, vcpus) = match view {
+                View::State => (Request::DUMP, running.mailboxes.len()),
+                View::Screen => (Request::SCREEN, 1),
+            };
+            self.control.ask_to_show(what, vcpus);
             Mailbox::post_to_all(&running.mailboxes, Events::REQUEST);
-            Ok(())
+            Ok(None)
         })
     }
 
-    /// The states of its vCPUs, once they have shown them.
+    /// What was asked for, of each vCPU that was asked, once they all have shown it.
     ///
     /// # Errors
-    /// It has not, and does not run any more.
-    pub fn dump(&self) -> Result<Option<Vec<String>>, &'static str> {
-        let shown = self.control.take_states();
+    /// They have not, and it does not run any more.
+    pub fn shown(&self) -> Result<Option<Vec<String>>, &'static str> {
+        let shown = self.control.take_shown();
         let runs = self.with(|life| matches!(life, Life::Running(_)));
         if shown.is_none() && !runs {
             return Err("it has ended");

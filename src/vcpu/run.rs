@@ -174,9 +174,12 @@ impl Vcpu {
             if asked.contains(Request::RESET) {
                 return Turn::Ends(End::Reset);
             }
-            if asked.contains(Request::DUMP) {
-                let dump = || self.dump(entry.registers());
-                if self.vm.control.show(self.id, dump) {
+            if asked.intersects(Request::SHOW) {
+                let show = || match asked.contains(Request::SCREEN) {
+                    true => self.vm.screen(),
+                    false => self.dump(entry.registers()),
+                };
+                if self.vm.control.show(self.id, show) {
                     console::attend();
                 }
             }

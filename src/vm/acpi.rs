@@ -202,9 +202,9 @@ fn fadt(facs: u64, dsdt: u64) -> Sdt {
     const RESET_REGISTER: u32 = 1 << 10;
     const FLAGS: u32 =
         WBINVD | PROC_C1 | NO_FIXED_SLEEP_BUTTON | FIX_RTC | TIMER_32_BIT | RESET_REGISTER;
-    /// Legacy devices, and no VGA. Clear: bit 1, there is no keyboard behind the 8042; bit 5,
-    /// there is a real-time clock.
-    const BOOT_FLAGS: u16 = 1 | 1 << 2;
+    /// Legacy devices. Clear: bit 1, there is no keyboard behind the 8042; bit 2, there is a VGA;
+    /// bit 5, there is a real-time clock.
+    const BOOT_FLAGS: u16 = 1;
     /// A generic address of 8-bit access in I/O space.
     const IO_BYTE: [u8; 4] = [1, 8, 0, 1];
 
@@ -458,8 +458,8 @@ mod tests {
                 .chain(&fadt[148..])
                 .all(|byte| *byte == 0)
         );
-        // Boot flags: legacy devices, no 8042, no VGA, a CMOS clock.
-        assert_eq!(number(109, 2), 0b101);
+        // Boot flags: legacy devices, no 8042, VGA, a CMOS clock.
+        assert_eq!(number(109, 2), 0b001);
         let flags = number(112, 4);
         assert_eq!(flags >> 8 & 1 == 1, pc::PM_TIMER_32_BIT);
         // FIX_RTC, reset register; neither hardware-reduced nor with a control-method power button.

@@ -23,6 +23,10 @@ bitflags! {
         const PAUSE = 1 << 2;
         /// To show its state, each vCPU its own ([`Control::show`]).
         const DUMP = 1 << 3;
+        /// To show its screen, likewise; the first vCPU does.
+        const SCREEN = 1 << 4;
+        /// To show something.
+        const SHOW = Self::DUMP.bits() | Self::SCREEN.bits();
     }
 }
 
@@ -32,7 +36,7 @@ pub struct Control {
     /// They say all: no other memory is read because of them but what is behind a lock, and the
     /// mailbox has an order of its own, so that relaxed accesses are enough.
     requests: AtomicU32,
-    /// The states that are to be shown, by the numbers of the vCPUs. Locked with interrupts off:
+    /// What is to be shown, by the numbers of the vCPUs. Locked with interrupts off:
     /// the operator's commands are answered in one.
     shown: Mutex<Vec<Option<String>>>,
 }
@@ -54,13 +58,15 @@ impl Control {
         Request::from_bits_truncate(self.requests.load(Ordering::Relaxed))
     }
 
-    /// Asks so many vCPUs for their states. They are to be told after that.
-    pub fn ask_for_states(&self, vcpus: usize) {
+    /// Asks the first `vcpus` vCPUs for `what`, of [`Request::SHOW`]. They are to be told after
+    /// that.
+    pub fn ask_to_show(&self, what: Request, vcpus: usize) {
         *self.shown.lock() = vec![None; vcpus];
-        self.ask(Request::DUMP);
+        self.withdraw(Request::SHOW - what);
+        self.ask(what);
     }
 
-    /// Answers [`Request::DUMP`] for the vCPU with this number, once; true where that was the last
+    /// Answers [`Request::SHOW`] for the vCPU with this number, once; true where that was the last
     /// one, and the operator's line is to be told.
     pub fn show(&self, vcpu: u32, state: impl FnOnce() -> String) -> bool {
         if !matches!(self.shown.lock().get(vcpu as usize), Some(None)) {
@@ -74,13 +80,13 @@ impl Control {
         let is_last = shown.iter().all(Option::is_some);
         drop(shown);
         if is_last {
-            self.withdraw(Request::DUMP);
+            self.withdraw(Request::SHOW);
         }
         is_last
     }
 
     /// Takes what all vCPUs have shown, once they all have.
-    pub fn take_states(&self) -> Option<Vec<String>> {
+    pub fn take_shown(&self) -> Option<Vec<String>> {
         let mut shown = self.shown.lock();
         let are_there = !shown.is_empty() && shown.iter().all(Option::is_some);
         are_there.then(|| mem::take(&mut *shown).into_iter().flatten().collect())
@@ -94,18 +100,19 @@ mod tests {
     #[test]
     fn each_vcpu_shows_its_state_once() {
         let control = Control::default();
-        assert_eq!(control.take_states(), None);
+        assert_eq!(control.take_shown(), None);
         assert!(!control.show(0, || panic!("nobody has asked")));
-        control.ask_for_states(2);
+        control.ask_to_show(Request::SCREEN, 1);
+        control.ask_to_show(Request::DUMP, 2);
         assert!(!control.show(1, || "b".into()));
         assert!(!control.show(1, || panic!("it has shown it")));
         assert!(!control.show(2, || panic!("it is not there")));
-        assert_eq!(control.take_states(), None);
+        assert_eq!(control.take_shown(), None);
         assert_eq!(control.asked(), Request::DUMP);
         assert!(control.show(0, || "a".into()));
         assert!(control.asked().is_empty());
-        assert_eq!(control.take_states(), Some(vec!["a".into(), "b".into()]));
-        assert_eq!(control.take_states(), None);
+        assert_eq!(control.take_shown(), Some(vec!["a".into(), "b".into()]));
+        assert_eq!(control.take_shown(), None);
     }
 
     #[test]

@@ -4,10 +4,13 @@ use super::console::ConsolePort;
 use super::control::{Control, Request};
 use super::mailbox::{Events, Mailbox, Place};
 use super::memory::GuestMemory;
+use super::memory_map::TEXT_MEMORY;
+use super::screen;
 use super::slots::{SlotKind, Slots};
 use super::stillness::Stillness;
 use crate::addr::{Gpa, Hpa, Hva, PAGE_SIZE};
 use crate::devices::chipset::{Chipset, ChipsetConfig};
+use crate::devices::vga::CELLS;
 use crate::devices::{Clock, Ticks};
 use crate::host::memory::paging;
 use crate::vmx::capability::Capabilities;
@@ -17,6 +20,7 @@ use crate::vmx::memory_type::{MemoryType, Mtrrs};
 use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::sync::Arc;
+use alloc::vec;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use spin::Mutex;
@@ -211,6 +215,17 @@ impl Vm {
             crate::host::console::attend();
         }
         self.console.unsent() == 0
+    }
+
+    /// What its screen shows.
+    pub fn screen(&self) -> String {
+        let Some(mode) = self.chipset.lock().text_mode() else {
+            return "the screen shows graphics, not text\n".into();
+        };
+        let mut shown = vec![0; usize::from(CELLS) * 2];
+        // There is always memory.
+        let _ = self.memory.read(Gpa(TEXT_MEMORY), &mut shown);
+        screen::text(mode, &shown)
     }
 
     /// Whether there is firmware at the reset vector.

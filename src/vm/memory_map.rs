@@ -6,6 +6,8 @@ use alloc::vec::Vec;
 
 /// End of conventional memory.
 pub const LOW_RAM_END: u64 = 0xa_0000;
+/// Memory that a VGA shows as text, up to [`ADAPTER_ROMS`].
+pub const TEXT_MEMORY: u64 = 0xb_8000;
 /// Start of the area where firmware puts the ROMs of adapters. It reads as all
 /// ones, as without any; Linux looks for tables in it byte by byte, so it is
 /// memory: a device would cost an exit for each.
@@ -85,11 +87,12 @@ impl MemoryMap {
         }
     }
 
-    /// The slots. The VGA window is not memory.
+    /// The slots. Of the VGA's window, only what it shows as text is memory.
     pub fn slots(&self) -> Slots {
         let low = self.ram_below_4g();
         let mut slots = alloc::vec![
             self.slot(0, LOW_RAM_END.min(low), 0),
+            self.slot(TEXT_MEMORY, ADAPTER_ROMS.min(low), TEXT_MEMORY),
             self.slot(FOUR_GIB, FOUR_GIB + self.ram_above_4g(), low),
         ];
         if let Some((backing, len)) = self.firmware {
@@ -166,6 +169,8 @@ mod tests {
         assert_eq!(backing(1 << 30), Some(((1 << 33) + (1 << 30), 1 << 30)));
         assert_eq!(backing(1 << 32), Some(((1 << 33) + (3 << 30), 1 << 30)));
         assert_eq!(backing(0xa_0000), None);
+        assert_eq!(backing(0xb_7000), None);
+        assert_eq!(backing(0xb_f000), Some(((1 << 33) + 0xb_f000, 1 << 12)));
     }
 
     proptest! {

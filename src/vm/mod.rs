@@ -10,5 +10,6 @@ pub mod mailbox;
 pub mod memory;
 pub mod memory_map;
 pub mod mp;
+pub mod screen;
 pub mod slots;
 pub mod stillness;

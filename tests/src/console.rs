@@ -11,6 +11,7 @@ use xtask::{build, paths};
 pub fn add(suite: &mut Suite) {
     suite.add("console::operator", operator);
     suite.add("console::life_cycle", life_cycle);
+    suite.add("console::screen", screen);
     suite.add("console::thousand_rounds", thousand_rounds);
     suite.add("console::dumps", dumps);
     suite.add("console::input_flood", input_flood);
@@ -282,6 +283,58 @@ fn dumps(case: &mut Case) -> Result<()> {
             &format!("{guest}: RIP is in its program"),
             value("RIP").is_some_and(|rip| (0x10_0000..0x30_0000).contains(&rip)),
             dump,
+        );
+    }
+    Ok(())
+}
+
+const SCREENS: [(&str, &str); 9] = [
+    ("echo: ready", "\x14pscreen nobody\r"),
+    ("there is no guest nobody", "screen second\r\x141"),
+    ("console 1: first", "draw\r"),
+    ("drawn", "\x14pscreen first\r"),
+    ("♥", "vm first pause\rscreen first\r"),
+    ("♥", "vm first resume\r\x141"),
+    ("console 1: first", "graphics\r"),
+    ("painted", "\x14pscreen first\r"),
+    (
+        "the screen shows graphics, not text",
+        "vm second stop\rscreen second\rvm first stop\r",
+    ),
+];
+
+/// What guests show on their screens is text on the operator's, wherever they are.
+fn screen(case: &mut Case) -> Result<()> {
+    let kernel = paths::read(&build::guest("echo")?)?;
+    let seen = case
+        .machine()
+        .volume(CONFIG, &[("echo", &kernel)])?
+        .options(["--smp", "2"])
+        .input(Input::Typed(SCREENS.to_vec()))
+        .limit(180)
+        .run()?;
+    case.check_equal("all has come", &seen.ending, &Ending::Status(0));
+    case.check(
+        "the screen is memory",
+        seen.console.contains("check: the screen is memory: ok"),
+        &seen.console,
+    );
+    let shown: Vec<&str> = seen.console.split("> \x1b[Kscreen ").skip(1).collect();
+    let lines = |index: usize| -> Vec<&str> {
+        let lines = shown.get(index).into_iter().flat_map(|text| text.lines());
+        lines.skip(1).collect()
+    };
+    let margin = " ".repeat(38);
+    let mut drawn = ["╔══╗", "║hé║", "╚══╝"]
+        .map(|text| format!("{margin}{text}"))
+        .to_vec();
+    drawn.resize(24, String::new());
+    drawn.push(format!("{}♥", " ".repeat(79)));
+    for (index, when) in [(2, "while it runs"), (3, "while it pauses")] {
+        case.check(
+            when,
+            lines(index).iter().take(25).eq(&drawn),
+            lines(index).join("\n"),
         );
     }
     Ok(())

@@ -31,18 +31,27 @@ pub trait Machine {
     /// # Errors
     /// Why not.
     fn steer(&self, guest: usize, action: Action) -> Result<(), &'static str>;
-    /// Asks the guest with this index for its state.
+    /// Asks the guest with this index to show this; `Some` where it is there already.
     ///
     /// # Errors
     /// Why that cannot be.
-    fn ask_for_dump(&self, guest: usize) -> Result<(), &'static str>;
-    /// The states of its vCPUs, once they are there.
+    fn ask_to_show(&self, guest: usize, view: View) -> Result<Option<String>, &'static str>;
+    /// What was asked for, of each vCPU that was asked, once it is there.
     ///
     /// # Errors
     /// Why it will not come.
-    fn dump(&self, guest: usize) -> Result<Option<Vec<String>>, &'static str>;
+    fn shown(&self, guest: usize) -> Result<Option<Vec<String>>, &'static str>;
     /// Whether the guest with this index has done that.
     fn is_settled(&self, guest: usize) -> bool;
+}
+
+/// What a guest shows of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum View {
+    /// The registers of each vCPU.
+    State,
+    /// The text on its screen.
+    Screen,
 }
 
 /// What the operator has a guest do.
@@ -126,8 +135,8 @@ pub struct Memory {
 pub enum Wait {
     /// The guest with this index has done what it was asked for.
     Steered(usize),
-    /// The guest with this index has shown its state.
-    Dump(usize),
+    /// The guest with this index has shown what it was asked for.
+    Shown(usize),
 }
 
 type Answer = fn(&dyn Machine, &[&str], &mut Text) -> Result<Option<Wait>, Complaint>;
@@ -143,7 +152,7 @@ struct Command {
 /// Exits that are shown where nobody says how many.
 const TRACE: usize = 32;
 
-const COMMANDS: [Command; 9] = [
+const COMMANDS: [Command; 10] = [
     Command {
         name: "vms",
         arguments: "",
@@ -178,7 +187,13 @@ const COMMANDS: [Command; 9] = [
         name: "dump",
         arguments: "NAME",
         help: "a guest's registers and VMCS",
-        run: dump,
+        run: |machine, arguments, out| show(machine, ("dump", View::State), arguments, out),
+    },
+    Command {
+        name: "screen",
+        arguments: "NAME",
+        help: "the text on a guest's screen",
+        run: |machine, arguments, out| show(machine, ("screen", View::Screen), arguments, out),
     },
     Command {
         name: "mem",
@@ -256,17 +271,17 @@ impl Commands for Prompt<'_> {
     fn is_over(&self, wait: Wait, out: &mut Text) -> bool {
         let guest = match wait {
             Wait::Steered(guest) => return self.0.is_settled(guest),
-            Wait::Dump(guest) => guest,
+            Wait::Shown(guest) => guest,
         };
-        let dump = self.0.dump(guest);
+        let shown = self.0.shown(guest);
         // As above.
-        let _ = match &dump {
+        let _ = match &shown {
             Ok(None) => return false,
-            Ok(Some(states)) => states.iter().zip(0..).try_for_each(|(state, vcpu)| {
-                if states.len() > 1 {
+            Ok(Some(views)) => views.iter().zip(0..).try_for_each(|(view, vcpu)| {
+                if views.len() > 1 {
                     writeln!(out, "vCPU {vcpu}:")?;
                 }
-                out.write_str(state)
+                out.write_str(view)
             }),
             Err(reason) => writeln!(out, "{reason}"),
         };
@@ -297,7 +312,7 @@ fn help(out: &mut Text) -> fmt::Result {
         ..
     } in &COMMANDS
     {
-        writeln!(out, "{name:4} {arguments:15}  {help}")?;
+        writeln!(out, "{name:6} {arguments:15}  {help}")?;
     }
     writeln!(out, "Ctrl-T 1 to 9         the console of that guest")?;
     writeln!(out, "Ctrl-T n              that of the next one that runs")?;
@@ -511,19 +526,22 @@ fn last_exits(exits: &[Traced], clock: (u64, u64), out: &mut Text) -> fmt::Resul
     Ok(())
 }
 
-fn dump(
+/// The command with this name, which shows this of a guest.
+fn show(
     machine: &dyn Machine,
+    (name, view): (&str, View),
     arguments: &[&str],
-    _: &mut Text,
+    out: &mut Text,
 ) -> Result<Option<Wait>, Complaint> {
-    let [name] = *arguments else {
-        return Err(wrong_arguments("dump"));
+    let [guest] = *arguments else {
+        return Err(wrong_arguments(name));
     };
-    let index = index_of(machine, name)?;
-    machine
-        .ask_for_dump(index)
-        .map(|()| Some(Wait::Dump(index)))
-        .map_err(|reason| Complaint::Refused(name.into(), reason))
+    let index = index_of(machine, guest)?;
+    match machine.ask_to_show(index, view) {
+        Ok(Some(shown)) => at_once(out.write_str(&shown)),
+        Ok(None) => Ok(Some(Wait::Shown(index))),
+        Err(reason) => Err(Complaint::Refused(guest.into(), reason)),
+    }
 }
 
 const fn microseconds(ticks: u64, hz: u64) -> u64 {
@@ -656,19 +674,19 @@ mod tests {
             }
         }
 
-        fn ask_for_dump(&self, guest: usize) -> Result<(), &'static str> {
-            if guest == 0 {
-                Ok(())
-            } else {
-                Err("it does not run")
+        fn ask_to_show(&self, guest: usize, view: View) -> Result<Option<String>, &'static str> {
+            match (guest, view) {
+                (0, _) => Ok(None),
+                (_, View::Screen) => Ok(Some("BIOS\n".into())),
+                _ => Err("it does not run"),
             }
         }
 
-        fn dump(&self, guest: usize) -> Result<Option<Vec<String>>, &'static str> {
-            let states = |states: &[&str]| Ok(Some(states.iter().map(|&s| s.into()).collect()));
+        fn shown(&self, guest: usize) -> Result<Option<Vec<String>>, &'static str> {
+            let views = |views: &[&str]| Ok(Some(views.iter().map(|&s| s.into()).collect()));
             match guest {
-                0 => states(&["rax 0\n"]),
-                3 => states(&["rax 0\n", "rax 1\n"]),
+                0 => views(&["rax 0\n"]),
+                3 => views(&["rax 0\n", "rax 1\n"]),
                 1 => Ok(None),
                 _ => Err("it has ended"),
             }
@@ -749,14 +767,19 @@ mod tests {
     }
 
     #[test]
-    fn a_state_is_shown_when_it_has_come() {
+    fn what_a_guest_shows_of_itself_is_told_when_it_has_come() {
         assert_eq!(lines("dump b"), ["b: it does not run"]);
-        assert_eq!(lines("dump"), ["dump is written dump NAME"]);
+        assert_eq!(lines("screen b"), ["BIOS"]);
+        for name in ["dump", "screen"] {
+            assert_eq!(lines(name), [format!("{name} is written {name} NAME")]);
+            let nobody = ["there is no guest c; vms lists them"];
+            assert_eq!(lines(&format!("{name} c")), nobody);
+        }
         let mut out = Text::new();
-        let wait = Prompt(&Fake).answer("dump linux", &mut out);
-        assert_eq!((wait, out.len()), (Some(Wait::Dump(0)), 0));
+        let wait = Prompt(&Fake).answer("screen linux", &mut out);
+        assert_eq!((wait, out.len()), (Some(Wait::Shown(0)), 0));
         let mut shown = |guest| {
-            let over = Prompt(&Fake).is_over(Wait::Dump(guest), &mut out);
+            let over = Prompt(&Fake).is_over(Wait::Shown(guest), &mut out);
             let bytes: Vec<u8> = core::iter::from_fn(|| out.pop()).collect();
             (over, String::from_utf8(bytes).unwrap())
         };

@@ -23,7 +23,7 @@ use crate::vmx::trace::Traced;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use commands::{Action, Cpu, Guest, Machine, Memory, Prompt};
+use commands::{Action, Cpu, Guest, Machine, Memory, Prompt, View};
 use multiplexer::{Line, Multiplexer};
 use spin::{Mutex, Once};
 use vireo_handoff::BootInfo;
@@ -203,14 +203,14 @@ impl Machine for ThisMachine {
             .map_or_else(Vec::new, |guest| guest.traces())
     }
 
-    fn ask_for_dump(&self, guest: usize) -> Result<(), &'static str> {
+    fn ask_to_show(&self, guest: usize, view: View) -> Result<Option<String>, &'static str> {
         let guests = registry::all();
-        guests.get(guest).ok_or("it is gone")?.ask_for_dump()
+        guests.get(guest).ok_or("it is gone")?.ask_to_show(view)
     }
 
-    fn dump(&self, guest: usize) -> Result<Option<Vec<String>>, &'static str> {
+    fn shown(&self, guest: usize) -> Result<Option<Vec<String>>, &'static str> {
         let guests = registry::all();
-        guests.get(guest).ok_or("it is gone")?.dump()
+        guests.get(guest).ok_or("it is gone")?.shown()
     }
 
     fn now(&self) -> u64 {

@@ -30,12 +30,28 @@ mod header {
 
 /// Offsets in the boot parameters outside the header.
 mod parameters {
+    /// BIOS mode of the screen, columns, and rows.
+    pub const VIDEO_MODE: usize = 0x06;
+    pub const VIDEO_COLUMNS: usize = 0x07;
+    pub const VIDEO_LINES: usize = 0x0e;
+    /// 1 for a VGA that shows text.
+    pub const VIDEO_IS_VGA: usize = 0x0f;
+    /// Scan lines of a row.
+    pub const VIDEO_POINTS: usize = 0x10;
     pub const ACPI_RSDP: usize = 0x70;
     pub const E820_ENTRIES: usize = 0x1e8;
     pub const E820_TABLE: usize = 0x2d0;
     pub const E820_ENTRY: usize = 20;
 }
 
+/// A VGA in text mode 3, with 80 columns and 25 rows.
+const SCREEN: [(usize, u8); 5] = [
+    (parameters::VIDEO_MODE, 3),
+    (parameters::VIDEO_COLUMNS, 80),
+    (parameters::VIDEO_LINES, 25),
+    (parameters::VIDEO_IS_VGA, 1),
+    (parameters::VIDEO_POINTS, 16),
+];
 const HEADER_START: usize = 0x1f1;
 /// Longest header that fits between its start and the E820 table.
 const HEADER_END_LIMIT: usize = 0x290;
@@ -201,6 +217,9 @@ fn write_parameters(
         memory.write(at(header::RAMDISK_IMAGE), &initrd.start.to_le_bytes())?;
         memory.write(at(header::RAMDISK_SIZE), &initrd.len.to_le_bytes())?;
     }
+    for (offset, value) in SCREEN {
+        memory.write(at(offset), &[value])?;
+    }
     memory.write(at(parameters::ACPI_RSDP), &machine.rsdp.0.to_le_bytes())?;
     let ranges = machine.map.ranges();
     memory.write(at(parameters::E820_ENTRIES), &[ranges.len() as u8])?;
@@ -318,6 +337,9 @@ mod tests {
         assert_eq!(at % 4096, 0);
         assert!(at + 5000 <= RAM && at >= 0x30_0000);
         assert_eq!(guest.ram[at..at + 5000], initrd[..]);
+        // Text mode 3 of a VGA: 80 by 25, 16 scan lines a row.
+        assert_eq!(guest.at(zero + 6), [3, 80]);
+        assert_eq!(guest.at(zero + 14), [25, 1, 16, 0]);
         assert_eq!(u64::from_le_bytes(guest.at(zero + 0x70)), 0xe_0000);
     }
 
