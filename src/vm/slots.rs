@@ -2,6 +2,7 @@
 
 use crate::addr::{Gpa, Hpa};
 use alloc::vec::Vec;
+use core::cmp::Reverse;
 use core::fmt;
 
 /// What a guest may do with a slot.
@@ -66,7 +67,8 @@ impl fmt::Display for Overlap {
 
 impl core::error::Error for Overlap {}
 
-/// The memory of a guest: a short sorted list that does not change.
+/// The memory of a guest: a short list that does not change. The largest slot is first, since
+/// it is looked for most often.
 #[derive(Clone, Debug, Default)]
 pub struct Slots(Vec<Slot>);
 
@@ -85,6 +87,7 @@ impl Slots {
                 return Err(Overlap(*low, *high));
             }
         }
+        slots.sort_by_key(|slot| Reverse(slot.len));
         Ok(Self(slots))
     }
 
@@ -94,7 +97,7 @@ impl Slots {
         self.0.iter().find(|slot| slot.offset_of(gpa).is_some())
     }
 
-    /// All slots, lowest first.
+    /// All slots.
     pub fn iter(&self) -> impl Iterator<Item = &Slot> {
         self.0.iter()
     }
