@@ -1,6 +1,6 @@
 //! Boot protocols other than the default guest's, and images that ask for too much.
 
-use crate::harness::{Case, Ending, Suite};
+use crate::harness::{Case, Ending, Input, Suite};
 use anyhow::{Context, Result};
 use object::{Object, ObjectSegment};
 use std::path::PathBuf;
@@ -14,6 +14,7 @@ pub fn add(suite: &mut Suite) {
     suite.add("protocols::multiboot_refused", multiboot_refused);
     suite.add("protocols::seabios", seabios);
     suite.add("protocols::efi_stub", efi_stub);
+    suite.add("protocols::memtest86", memtest86);
     suite.add("protocols::firmware_refused", firmware_refused);
     suite.add("protocols::linux_i386", |case| {
         linux_i386(case, "linux-image-686")
@@ -191,6 +192,40 @@ fn efi_stub(case: &mut Case) -> Result<()> {
     );
     case.check_equal("the status", seen.ending, Ending::Status(6));
     Ok(())
+}
+
+/// Boots what `options` say until all `words` are on the screen of the guest called `name`.
+fn shows<const N: usize>(
+    case: &mut Case,
+    options: [&str; N],
+    name: &'static str,
+    words: &[&'static str],
+) -> Result<()> {
+    let seen = case
+        .machine()
+        .options(options)
+        .input(Input::Watched(name, words.to_vec()))
+        .limit(240)
+        .run()?;
+    case.check_equal(
+        &format!("it shows {}", words.join(", ")),
+        seen.ending,
+        Ending::Status(0),
+    );
+    Ok(())
+}
+
+/// A tester of memory starts its tests, and finds no error until then.
+fn memtest86(case: &mut Case) -> Result<()> {
+    let progress = Progress::new();
+    let kernel = Provisioner::new(&progress).memtest86()?;
+    let kernel = kernel.display().to_string();
+    shows(
+        case,
+        ["--kernel", &kernel, "--cmdline", "", "--memory", "64M"],
+        "linux",
+        &["Memtest86+ v", "#3  [Moving inversions", "Errors: 0"],
+    )
 }
 
 fn firmware_refused(case: &mut Case) -> Result<()> {

@@ -193,6 +193,14 @@ impl<'a> Provisioner<'a> {
         self.file("ovmf", "usr/share/ovmf/OVMF.fd")
     }
 
+    /// A tester of memory, a bzImage.
+    ///
+    /// # Errors
+    /// When it cannot be fetched.
+    pub fn memtest86(&self) -> Result<PathBuf> {
+        self.file("memtest86+", "boot/memtest86+x64.bin")
+    }
+
     /// A file of a package, installed or unpacked.
     fn file(&self, package: &str, path: &str) -> Result<PathBuf> {
         let installed = Path::new("/").join(path);

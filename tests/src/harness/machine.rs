@@ -20,6 +20,10 @@ const LIMIT: Duration = Duration::from_secs(300);
 /// How long xtask may take beside its machine's limit.
 const MARGIN: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(50);
+/// From one look at a screen to the next.
+const BETWEEN_LOOKS: Duration = Duration::from_secs(2);
+/// What leaves a terminal, and ends the machine.
+const LEAVE: &[u8] = b"\x1dq";
 
 /// What xtask gets as standard input.
 pub enum Input {
@@ -30,6 +34,9 @@ pub enum Input {
     /// A terminal on which somebody types: pairs of what is waited for on the
     /// console, and what is typed then.
     Typed(Vec<(&'static str, &'static str)>),
+    /// A terminal on which somebody asks for the screen of the guest with this name, again and
+    /// again, until all these words are on it, and leaves then.
+    Watched(&'static str, Vec<&'static str>),
 }
 
 /// A machine about to run.
@@ -163,7 +170,7 @@ impl Machine {
         let output = text("stdout");
         let errors = match self.input {
             // Both go to the terminal.
-            Input::Typed(_) => output.clone(),
+            Input::Typed(_) | Input::Watched(..) => output.clone(),
             Input::Nothing | Input::Bytes(_) => text("stderr"),
         };
         Ok(Outcome {
@@ -185,7 +192,7 @@ impl Machine {
         words.extend(self.arguments.iter().cloned());
         let file = |name: &str| File::create(self.folder.join(name));
         let mut command = match self.input {
-            Input::Typed(_) => {
+            Input::Typed(_) | Input::Watched(..) => {
                 let line: Vec<String> = words.iter().map(|word| quoted(word)).collect();
                 let mut command = bound_command(Path::new("script"));
                 command.args([
@@ -225,6 +232,7 @@ impl Machine {
         let mut typed = typed.iter().peekable();
         let mut signal = self.signal.as_ref();
         let mut seen = 0;
+        let mut asked = start;
         loop {
             if let Some(status) = child.try_wait()? {
                 return Ok(status);
@@ -238,6 +246,18 @@ impl Machine {
                 seen = output.len();
                 input.write_all(keys.as_bytes())?;
                 typed.next();
+            }
+            if let Input::Watched(guest, words) = &self.input
+                && let Some(input) = &mut child.stdin
+                && recent.contains("started")
+                && asked.elapsed() > BETWEEN_LOOKS
+            {
+                asked = Instant::now();
+                // The last answer alone.
+                let shown = recent.rsplit("screen ").next().unwrap_or_default();
+                let leaves = words.iter().all(|word| shown.contains(word));
+                let ask = format!("\x14pscreen {guest}\r");
+                input.write_all(if leaves { LEAVE } else { ask.as_bytes() })?;
             }
             let console = fs::read(self.folder.join("serial.log")).unwrap_or_default();
             if let Some((word, number)) = signal
