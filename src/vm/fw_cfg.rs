@@ -2,7 +2,9 @@
 //! tables with a script that puts them into its memory, and a kernel for its firmware.
 
 use super::acpi::{Fix, Part, TABLES_ALIGN, Tables};
+use super::boot::bzimage;
 use super::memory_map::{FOUR_GIB, MemoryMap, RangeKind};
+use crate::arch::kernel_rom::kernel_rom;
 use crate::devices::fw_cfg::{FwCfg, key};
 use crate::devices::pc;
 use alloc::vec::Vec;
@@ -13,12 +15,18 @@ const E820: &str = "etc/e820";
 const TABLES: &str = "etc/acpi/tables";
 const ROOT_POINTER: &str = "etc/acpi/rsdp";
 const LOADER: &str = "etc/table-loader";
+/// A ROM by which a BIOS boots the kernel, and what it is to boot first.
+const KERNEL_ROM: &str = "genroms/kernel.bin";
+const BOOT_ORDER: &str = "bootorder";
+const BOOT_FIRST: &[u8] = b"/rom@genroms/kernel.bin\0";
 /// SeaBIOS shows there what it has no screen for.
 const CONSOLE: &str = "etc/sercon-port";
 
 /// Bytes of a file's name in the script, and of each of its commands.
 const NAME: usize = 56;
 const COMMAND: usize = 128;
+/// Bytes at the end of memory that a BIOS has for its tables.
+const FIRMWARE: u64 = 1 << 20;
 /// Where a loader that has no idea of its own puts a kernel's parts, as QEMU says it.
 const SETUP_ADDRESS: u32 = 0x1_0000;
 const CMDLINE_ADDRESS: u32 = 0x2_0000;
@@ -42,7 +50,7 @@ pub fn describe(map: &MemoryMap, vcpus: u32, kernel: Option<&Kernel>) -> FwCfg {
         told.add(key, (vcpus as u16).to_le_bytes().to_vec());
     }
     if let Some(kernel) = kernel {
-        describe_kernel(&mut told, kernel);
+        describe_kernel(&mut told, kernel, map);
     }
     let tables = Tables::new(vcpus);
     told.add_file(CONSOLE, pc::COM1.to_le_bytes().to_vec());
@@ -67,7 +75,7 @@ fn e820(map: &MemoryMap) -> Vec<u8> {
     bytes
 }
 
-fn describe_kernel(told: &mut FwCfg, kernel: &Kernel) {
+fn describe_kernel(told: &mut FwCfg, kernel: &Kernel, map: &MemoryMap) {
     // Of a bzImage, the real-mode code comes apart.
     let split = image::bzimage_payload(kernel.image).unwrap_or(0);
     let (setup, protected) = kernel.image.split_at_checked(split).unwrap_or_default();
@@ -79,9 +87,11 @@ fn describe_kernel(told: &mut FwCfg, kernel: &Kernel) {
     told.add_number(key::KERNEL_SIZE, protected.len() as u32);
     told.add(key::KERNEL_DATA, protected);
     if let Some(initrd) = kernel.initrd {
-        // Behind the kernel: firmware that reads it has ideas of its own.
-        let address = KERNEL_ADDRESS.saturating_add(protected.len() as u32);
-        told.add_number(key::INITRD_ADDRESS, address.next_multiple_of(0x1000));
+        // As high as the kernel allows, below what the firmware has at the end of memory.
+        let end =
+            bzimage::initrd_end(kernel.image).min(map.ram_below_4g().saturating_sub(FIRMWARE));
+        let address = end.saturating_sub(initrd.len() as u64) as u32 & !0xfff;
+        told.add_number(key::INITRD_ADDRESS, address);
         told.add_number(key::INITRD_SIZE, initrd.len() as u32);
         told.add(key::INITRD_DATA, initrd);
     }
@@ -90,6 +100,10 @@ fn describe_kernel(told: &mut FwCfg, kernel: &Kernel) {
     told.add_number(key::CMDLINE_ADDRESS, CMDLINE_ADDRESS);
     told.add_number(key::CMDLINE_SIZE, cmdline.len() as u32);
     told.add(key::CMDLINE_DATA, cmdline);
+    if split != 0 {
+        told.add_file(KERNEL_ROM, kernel_rom().to_vec());
+        told.add_file(BOOT_ORDER, BOOT_FIRST);
+    }
 }
 
 /// Commands of the script (QEMU, `hw/acpi/bios-linker-loader.c`), each by its number.
@@ -282,6 +296,7 @@ mod tests {
         image[image::SYSTEM_SIZE] = 4;
         image[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
         image[0x202..0x206].copy_from_slice(b"HdrS");
+        image[0x22c..0x230].copy_from_slice(&0x37ff_ffffu32.to_le_bytes());
         image[512 * 3..].fill(0xab);
         let kernel = Kernel {
             image: image.leak(),
@@ -299,12 +314,17 @@ mod tests {
             (number(key::INITRD_SIZE), number(key::CMDLINE_SIZE)),
             (6, 6)
         );
-        assert_eq!(number(key::INITRD_ADDRESS), 0x10_1000);
+        assert_eq!(number(key::INITRD_ADDRESS), (63 << 20) - 0x1000);
         assert_eq!(
             item(&mut told, key::KERNEL_DATA, 65),
             [&[0xab; 64][..], &[0]].concat()
         );
         assert_eq!(item(&mut told, key::INITRD_DATA, 6), b"initrd");
         assert_eq!(item(&mut told, key::CMDLINE_DATA, 6), b"quiet\0");
+        // A BIOS boots it first.
+        let files = files(&mut told);
+        let file = |name: &str| &files.iter().find(|file| file.0 == name).unwrap().1;
+        assert_eq!(file("bootorder"), b"/rom@genroms/kernel.bin\0");
+        assert_eq!(file("genroms/kernel.bin")[..2], [0x55, 0xaa]);
     }
 }

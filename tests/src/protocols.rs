@@ -15,6 +15,8 @@ pub fn add(suite: &mut Suite) {
     suite.add("protocols::seabios", seabios);
     suite.add("protocols::efi_stub", efi_stub);
     suite.add("protocols::memtest86", memtest86);
+    suite.add("protocols::grub", grub);
+    suite.add("protocols::ipxe", ipxe);
     suite.add("protocols::firmware_refused", firmware_refused);
     suite.add("protocols::linux_i386", |case| {
         linux_i386(case, "linux-image-686")
@@ -226,6 +228,41 @@ fn memtest86(case: &mut Case) -> Result<()> {
         "linux",
         &["Memtest86+ v", "#3  [Moving inversions", "Errors: 0"],
     )
+}
+
+/// GRUB as firmware: it finds VGA and PCI bus as after a reset, and shows its menu.
+fn grub(case: &mut Case) -> Result<()> {
+    let progress = Progress::new();
+    let firmware = Provisioner::new(&progress).grub()?;
+    let firmware = firmware.display().to_string();
+    shows(
+        case,
+        ["--firmware", &firmware, "--memory", "64M"],
+        "guest",
+        &["GNU GRUB  version ", "┌──", "│ Reboot  "],
+    )
+}
+
+/// A BIOS starts a kernel in real mode; this one lives on the BIOS.
+fn ipxe(case: &mut Case) -> Result<()> {
+    let progress = Progress::new();
+    let provisioner = Provisioner::new(&progress);
+    let (bios, kernel) = (provisioner.seabios()?, provisioner.ipxe()?);
+    let seen = case
+        .machine()
+        .options(["--firmware", &bios.display().to_string()])
+        .options(["--kernel", &kernel.display().to_string()])
+        .options(["--cmdline", "", "--memory", "64M"])
+        .input(Input::Typed(vec![
+            ("Booting from ROM", ""),
+            ("Press Ctrl-B", "\x02"),
+            ("iPXE> ", "help\r"),
+            ("Available commands", "\x1dq"),
+        ]))
+        .limit(180)
+        .run()?;
+    case.check_equal("its shell answers", seen.ending, Ending::Status(0));
+    Ok(())
 }
 
 fn firmware_refused(case: &mut Case) -> Result<()> {

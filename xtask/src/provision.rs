@@ -201,6 +201,22 @@ impl<'a> Provisioner<'a> {
         self.file("memtest86+", "boot/memtest86+x64.bin")
     }
 
+    /// A boot loader as firmware.
+    ///
+    /// # Errors
+    /// When it cannot be fetched.
+    pub fn grub(&self) -> Result<PathBuf> {
+        self.file("grub-firmware-qemu", "usr/share/qemu/grub.bin")
+    }
+
+    /// A network boot loader, a bzImage that needs a BIOS.
+    ///
+    /// # Errors
+    /// When it cannot be fetched.
+    pub fn ipxe(&self) -> Result<PathBuf> {
+        self.file("ipxe", "boot/ipxe.lkrn")
+    }
+
     /// A file of a package, installed or unpacked.
     fn file(&self, package: &str, path: &str) -> Result<PathBuf> {
         let installed = Path::new("/").join(path);

@@ -131,6 +131,11 @@ impl Header {
     }
 }
 
+/// Where an initrd is to end at the latest, as far as the kernel cares.
+pub fn initrd_end(image: &[u8]) -> u64 {
+    dword(image, header::INITRD_MAX).map_or(u64::MAX, |last| u64::from(last) + 1)
+}
+
 /// Loads a bzImage.
 ///
 /// # Errors
