@@ -325,6 +325,11 @@ impl Chipset {
         self.interrupts.has_message()
     }
 
+    /// Whether the I/O APIC may send what interrupts a CPU that has interrupts off.
+    pub fn sends_unmaskable(&self) -> bool {
+        self.interrupts.sends_unmaskable()
+    }
+
     /// INTR: the 8259s have an interrupt.
     #[inline]
     pub const fn intr(&self) -> bool {

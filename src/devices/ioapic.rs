@@ -165,6 +165,14 @@ impl IoApic {
         self.waiting != 0
     }
 
+    /// Whether a pin's message would reach a CPU that has interrupts off: an NMI or INIT.
+    pub fn sends_unmaskable(&self) -> bool {
+        self.entries.iter().any(|entry| {
+            let unmaskable = matches!(entry.mode(), Some(DeliveryMode::Nmi | DeliveryMode::Init));
+            unmaskable && !entry.has(Entry::MASKED)
+        })
+    }
+
     /// The next message to the local APICs, lowest pin first.
     #[inline]
     pub fn take_message(&mut self) -> Option<Message> {

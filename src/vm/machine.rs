@@ -201,7 +201,7 @@ impl Vm {
     /// A vCPU has become deaf: whether none of them will ever go on.
     pub fn is_still(&self) -> bool {
         let has_mail = || self.mailboxes.iter().any(Mailbox::has_mail);
-        self.stillness.add(self.vcpus(), has_mail)
+        self.stillness.add(self.vcpus(), has_mail) && !self.chipset.lock().sends_unmaskable()
     }
 
     /// Moves what COM1 still holds to the console of a guest that has ended. False where that

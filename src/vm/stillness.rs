@@ -1,8 +1,8 @@
 //! Whether any vCPU of a guest will ever go on.
 //!
 //! A vCPU is *deaf* when it is halted with interrupts off, or waits for a start-up interrupt:
-//! only its siblings, by NMI, INIT and start-up interrupts, can have it go on. When all are,
-//! and nothing of that kind is under way, the guest has ended.
+//! only its siblings and the I/O APIC, by NMI, INIT and start-up interrupts, can have it go on.
+//! When all are, and nothing of that kind is under way or may come of a device, the guest has ended.
 
 use crate::sync::atomic::{AtomicU64, Ordering};
 

@@ -8,6 +8,7 @@ use xtask::{build, paths};
 
 pub fn add(suite: &mut Suite) {
     suite.add("isolation::hostile_guests", hostile_guests);
+    suite.add("isolation::fuzzing_guests", fuzzing_guests);
     suite.add(
         "isolation::console_flood_that_is_shown",
         flood_that_is_shown,
@@ -40,12 +41,44 @@ kernel = "latency"
 cpus = [1]
 "#;
 
-/// The section of a hostile guest, which starts when the one that does `before` has ended.
-fn section(way: &str, before: Option<&str>) -> String {
-    let after = before.map_or_else(String::new, |before| format!("after = \"{before}\"\n"));
-    format!(
-        "[[vm]]\nname = \"{way}\"\nmemory = \"8M\"\nkernel = \"hostile\"\ncmdline = \"{way}\"\n{after}"
-    )
+/// Guests that do random things, by the numbers that they begin with; between two that wait.
+const SEEDS: [&str; 5] = ["idle", "seed=1", "seed=2", "seed=3", "idle"];
+/// Rounds of each.
+const ROUNDS: u32 = 1000;
+
+/// A guest beside the one that measures.
+struct Neighbour {
+    name: String,
+    kernel: &'static str,
+    cmdline: String,
+    vcpus: u32,
+}
+
+impl Neighbour {
+    fn hostile(way: &str) -> Self {
+        Self {
+            name: way.into(),
+            kernel: "hostile",
+            cmdline: way.into(),
+            vcpus: 1,
+        }
+    }
+
+    /// Its section, which starts when the guest `before` has ended.
+    fn section(&self, before: Option<&Self>) -> String {
+        let Self {
+            name,
+            kernel,
+            cmdline,
+            vcpus,
+        } = self;
+        let after = before.map_or_else(String::new, |before| {
+            format!("after = \"{}\"\n", before.name)
+        });
+        format!(
+            "[[vm]]\nname = \"{name}\"\nmemory = \"8M\"\nkernel = \"{kernel}\"\ncmdline = \"{cmdline}\"\nvcpus = {vcpus}\n{after}"
+        )
+    }
 }
 
 /// What one round has measured: means and maxima, in ticks.
@@ -76,19 +109,19 @@ impl Round {
 
 fn run(
     case: &mut Case,
-    ways: &[&str],
+    neighbours: &[Neighbour],
     typed: Vec<(&'static str, &'static str)>,
 ) -> Result<Outcome> {
-    let before = [None].into_iter().chain(ways.iter().map(|way| Some(*way)));
-    let pairs = ways.iter().zip(before);
-    let sections: Vec<String> = pairs.map(|(way, before)| section(way, before)).collect();
-    let latency = paths::read(&build::guest("latency")?)?;
-    let hostile = paths::read(&build::guest("hostile")?)?;
+    let before = [None].into_iter().chain(neighbours.iter().map(Some));
+    let pairs = neighbours.iter().zip(before);
+    let sections: Vec<String> = pairs.map(|(own, before)| own.section(before)).collect();
+    let mut files = Vec::new();
+    for name in ["latency", "hostile", "fuzz"] {
+        files.push((name, paths::read(&build::guest(name)?)?));
+    }
+    let files: Vec<(&str, &[u8])> = files.iter().map(|(name, file)| (*name, &**file)).collect();
     case.machine()
-        .volume(
-            &[MEASURING, &sections.concat()].concat(),
-            &[("latency", &latency), ("hostile", &hostile)],
-        )?
+        .volume(&[MEASURING, &sections.concat()].concat(), &files)?
         .options(["--smp", "2"])
         .input(Input::Typed(typed))
         .limit(240)
@@ -100,7 +133,7 @@ fn hostile_guests(case: &mut Case) -> Result<()> {
     let last = "vm interrupts: powered off";
     let seen = run(
         case,
-        &WAYS,
+        &WAYS.map(Neighbour::hostile),
         vec![("vm latency: started", "\x141"), (last, "x")],
     )?;
     case.check_equal(
@@ -108,22 +141,76 @@ fn hostile_guests(case: &mut Case) -> Result<()> {
         &seen.ending,
         &Ending::Status(0),
     );
+    compare(case, &seen, &WAYS);
+    Ok(())
+}
+
+/// Likewise guests that do whatever there is, some of which may die of it.
+fn fuzzing_guests(case: &mut Case) -> Result<()> {
+    let neighbours = [0, 1, 2, 3, 4].map(|index| match SEEDS[index] {
+        way @ "idle" => Neighbour {
+            name: format!("{way}-{index}"),
+            ..Neighbour::hostile(way)
+        },
+        seed => Neighbour {
+            name: format!("fuzz-{index}"),
+            kernel: "fuzz",
+            cmdline: format!("{seed} rounds={ROUNDS}"),
+            vcpus: 2,
+        },
+    });
+    let last = "vm idle-4: powered off";
+    let seen = run(
+        case,
+        &neighbours,
+        vec![("vm latency: started", "\x141"), (last, "x")],
+    )?;
+    case.check(
+        "the hypervisor lives",
+        !matches!(seen.ending, Ending::Hang | Ending::Crash | Ending::Restart),
+        format!("{:?}", seen.ending),
+    );
+    let names = neighbours.each_ref().map(|own| own.name.as_str());
+    for name in names {
+        let ends: Vec<&str> = ["powered off", "stopped: "]
+            .into_iter()
+            .flat_map(|end| {
+                seen.console
+                    .matches(&format!("vm {name}: {end}"))
+                    .collect::<Vec<_>>()
+            })
+            .collect();
+        case.check_equal(
+            &format!("{name} ends, by its own fault if at all"),
+            ends.len(),
+            1,
+        );
+    }
+    compare(case, &seen, &names);
+    Ok(())
+}
+
+/// Checks that what was measured beside each of the guests is what was measured beside the first.
+fn compare(case: &mut Case, seen: &Outcome, names: &[&str]) {
     let mut beside: BTreeMap<&str, Vec<Round>> = BTreeMap::new();
     let mut now = None;
     for line in seen.console.lines() {
-        for way in WAYS {
-            if line.contains(&format!("vm {way}: started")) {
-                now = Some(way);
-            } else if line.contains(&format!("vm {way}: powered off")) {
+        for name in names {
+            if line.contains(&format!("vm {name}: started")) {
+                now = Some(*name);
+            } else if [": powered off", ": stopped"]
+                .iter()
+                .any(|end| line.contains(&format!("vm {name}{end}")))
+            {
                 now = None;
             }
         }
-        if let (Some(way), Some(round)) = (now, Round::parse(line)) {
-            beside.entry(way).or_default().push(round);
+        if let (Some(name), Some(round)) = (now, Round::parse(line)) {
+            beside.entry(name).or_default().push(round);
         }
     }
-    let worst = |way: &str, of: fn(&Round) -> [u64; 2]| {
-        let rounds = beside.get(way).map_or(&[][..], Vec::as_slice);
+    let worst = |name: &str, of: fn(&Round) -> [u64; 2]| {
+        let rounds = beside.get(name).map_or(&[][..], Vec::as_slice);
         let worst = |index: usize| rounds.iter().map(|round| of(round)[index]).max();
         [0, 1].map(|index| worst(index).unwrap_or(u64::MAX))
     };
@@ -131,12 +218,12 @@ fn hostile_guests(case: &mut Case) -> Result<()> {
         ("means", (|round| round.means) as fn(&Round) -> _, MEANS),
         ("maxima", |round| round.maxima, MAXIMA),
     ] {
-        let quiet = worst(WAYS[0], of);
-        for way in WAYS {
-            let worst = worst(way, of);
+        let quiet = worst(names[0], of);
+        for name in names {
+            let worst = worst(name, of);
             let limits = quiet.map(|ticks| ticks.saturating_add(noise));
             case.check(
-                &format!("beside {way} the {what} are as beside an idle guest"),
+                &format!("beside {name} the {what} are as beside an idle guest"),
                 worst
                     .iter()
                     .zip(limits)
@@ -145,7 +232,6 @@ fn hostile_guests(case: &mut Case) -> Result<()> {
             );
         }
     }
-    Ok(())
 }
 
 /// The line is busy with what a guest sends without end, and the other one does not notice.
@@ -153,7 +239,7 @@ fn flood_that_is_shown(case: &mut Case) -> Result<()> {
     let ended = ("vm console: powered off", "x");
     let seen = run(
         case,
-        &["idle", "console"],
+        &["idle", "console"].map(Neighbour::hostile),
         vec![("vm console: started", "\x143"), ended],
     )?;
     case.check_equal(

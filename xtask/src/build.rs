@@ -142,7 +142,7 @@ fn efi_application(program: &Program, env: &[(&str, &Path)], file: &str) -> Resu
 }
 
 /// The small guests: the programs in `tests/guests`.
-pub const GUESTS: [&str; 16] = [
+pub const GUESTS: [&str; 17] = [
     "pc",
     "triple",
     "vmxon",
@@ -159,6 +159,7 @@ pub const GUESTS: [&str; 16] = [
     "suspend",
     "emulation",
     "tasks",
+    "fuzz",
 ];
 
 /// Builds the small guest `name`, one of the programs in `tests/guests`.

@@ -11,6 +11,7 @@ pub mod cpio;
 pub mod exit_times;
 pub mod figures;
 pub mod framing;
+pub mod fuzz;
 pub mod guest;
 pub mod image;
 pub mod inspect;

@@ -1,4 +1,4 @@
-//! The command line: `cargo xtask build`, `image`, `run`, `test`, `bench`, `conformance`.
+//! The command line: `cargo xtask build`, `image`, `run`, `test`, `bench`, `conformance`, `fuzz`.
 
 #![forbid(unsafe_code)]
 
@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use xtask::run::{self, GuestOptions};
-use xtask::{bench, conformance, test};
+use xtask::{bench, conformance, fuzz, test};
 
 /// Builds Vireo, makes its disk image, and runs it
 #[derive(Parser)]
@@ -54,6 +54,11 @@ enum Command {
     ///
     /// Results are in target/conformance too, as JUnit XML beside the machines' logs.
     Conformance(conformance::Options),
+    /// Have a guest do random things, and see that it hurts nobody else
+    ///
+    /// Fails where the hypervisor panics or hangs, or ends the guest by a mistake of its own; says
+    /// by what seed that is seen again. The machine's logs are in target/fuzz.
+    Fuzz(fuzz::Options),
 }
 
 fn main() -> ExitCode {
@@ -87,5 +92,6 @@ fn execute(command: Command) -> Result<u8> {
         Command::Test(options) => test::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Conformance(options) => conformance::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
     }
 }

@@ -97,6 +97,11 @@ impl Interrupts {
         self.io_apic.has_message()
     }
 
+    /// Whether the I/O APIC may send what interrupts a CPU that has interrupts off.
+    pub fn sends_unmaskable(&self) -> bool {
+        self.io_apic.sends_unmaskable()
+    }
+
     /// The end of a level-triggered interrupt, from a local APIC.
     pub fn eoi(&mut self, vector: u8) {
         self.io_apic.eoi(vector);

@@ -56,6 +56,24 @@ fn what_software_can_write() {
 }
 
 #[test]
+fn nmis_and_inits_reach_a_cpu_that_has_interrupts_off() {
+    let mut io_apic = IoApic::new(0);
+    for (mode, reaches) in [
+        (0, false),
+        (1, false),
+        (2, false),
+        (4, true),
+        (5, true),
+        (7, false),
+    ] {
+        program(&mut io_apic, 7, mode << 8, 0);
+        assert_eq!(io_apic.sends_unmaskable(), reaches, "delivery mode {mode}");
+        program(&mut io_apic, 7, mode << 8 | MASKED, 0);
+        assert!(!io_apic.sends_unmaskable());
+    }
+}
+
+#[test]
 fn narrow_accesses_move_their_bytes() {
     let mut io_apic = IoApic::new(0);
     io_apic.write(0x00, Width::Byte, 0x10);

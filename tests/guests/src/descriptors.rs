@@ -63,8 +63,9 @@ static FAULT_STACK: Shared<Stack> = Shared::new(Stack([0; STACK]));
 
 /// The interrupt stack table's entry for double faults.
 pub const FAULT_STACK_INDEX: u8 = 1;
-/// The entry whose stack a check chooses, see [`set_spare_stack`].
+/// The entries whose stacks a check chooses, see [`set_interrupt_stack`].
 pub const SPARE_STACK_INDEX: u8 = 2;
+pub const NMI_STACK_INDEX: u8 = 3;
 
 /// Loads the TSS. The GDT is loaded already.
 pub fn init() {
@@ -77,9 +78,9 @@ pub fn init() {
     unsafe { asm!("ltr {:x}", in(reg) selector::TSS) };
 }
 
-/// Where the stack of an interrupt gate with [`SPARE_STACK_INDEX`] ends.
-pub fn set_spare_stack(end: u64) {
-    set_stack(11, end);
+/// Where the stack of an interrupt gate with this `index` (1 to 7) ends.
+pub fn set_interrupt_stack(index: u8, end: u64) {
+    set_stack(7 + 2 * usize::from(index), end);
 }
 
 /// Writes the lower half of a system segment's descriptor.

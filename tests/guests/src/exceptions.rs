@@ -263,9 +263,17 @@ extern "C" fn taken(frame: &mut Frame) {
         rip: frame.rip,
         cr2: if vector == vector::PAGE_FAULT { cr2 } else { 0 },
     };
+    if !throw(frame, exception) {
+        report::abort(format_args!("{exception}"));
+    }
+}
+
+/// Has execution go on behind the innermost [`catch`], which returns `exception`; false
+/// where there is none. For handlers.
+pub fn throw(frame: &mut Frame, exception: Exception) -> bool {
     let stack = CATCHER.get();
     if stack == 0 {
-        report::abort(format_args!("{exception}"));
+        return false;
     }
     CAUGHT.set(Some(exception));
     frame.rip = land as *const () as u64;
@@ -274,6 +282,7 @@ extern "C" fn taken(frame: &mut Frame) {
     frame.rsp = stack;
     // No trap, no alignment check, no nested task, forward.
     frame.rflags &= !0x4_4500;
+    true
 }
 
 /// Calls `f`, and returns the exception that ended it early. A handler of

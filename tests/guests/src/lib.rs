@@ -20,7 +20,7 @@
 //!
 //! | module | what it is |
 //! | --- | --- |
-//! | `entry` | from the PVH entry point to a Rust function in 64-bit mode |
+//! | [`entry`] | from the PVH entry point to a Rust function in 64-bit mode |
 //! | [`report`] | checks and their results, the end |
 //! | [`serial`], [`port`], [`cpu`], [`memory`] | COM1, port I/O, instructions, registers in memory |
 //! | [`exceptions`] | IDT, exceptions caught, interrupts counted |
@@ -37,7 +37,7 @@ pub mod apic;
 mod cell;
 pub mod cpu;
 pub mod descriptors;
-mod entry;
+pub mod entry;
 pub mod exceptions;
 pub mod io_apic;
 pub mod memory;

@@ -28,6 +28,33 @@ pub fn command_line_is(text: &str) -> bool {
             .all(|(byte, at)| read8(at) == byte)
 }
 
+/// The command line, byte by byte.
+pub fn command_line() -> impl Iterator<Item = u8> {
+    let start = read64(ADDRESS.get() + 24);
+    let bytes = (start..).map(read8).take_while(|&byte| byte != 0);
+    bytes.take(if start == 0 { 0 } else { usize::MAX })
+}
+
+/// The decimal number of the command line's word `name=NUMBER`.
+pub fn option(name: &str) -> Option<u64> {
+    let starts = (0..command_line().count()).find(|&at| {
+        let mut word = command_line().skip(at);
+        let is_first = at == 0 || command_line().nth(at - 1) == Some(b' ');
+        is_first
+            && name
+                .bytes()
+                .chain([b'='])
+                .all(|byte| word.next() == Some(byte))
+    })?;
+    let digits = command_line().skip(starts + name.len() + 1);
+    let digits = digits.take_while(u8::is_ascii_digit);
+    Some(digits.fold(0u64, |number, digit| {
+        number
+            .wrapping_mul(10)
+            .wrapping_add(u64::from(digit - b'0'))
+    }))
+}
+
 /// Address of the ACPI root pointer.
 pub fn rsdp() -> u64 {
     read64(ADDRESS.get() + 32)

@@ -13,7 +13,7 @@ const VECTOR: u8 = 0x80;
 
 fn run() {
     say(format_args!("about to be interrupted"));
-    descriptors::set_spare_stack(NOWHERE + 0x1000);
+    descriptors::set_interrupt_stack(descriptors::SPARE_STACK_INDEX, NOWHERE + 0x1000);
     exceptions::set_interrupt_stack(VECTOR, SPARE_STACK_INDEX);
     let _ = vireo_test_guests::execute!("int 0x80");
 }

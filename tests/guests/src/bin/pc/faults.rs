@@ -137,7 +137,7 @@ fn alignment() {
     const FLAG: u64 = 1 << 18;
     let old = cpu::cr0();
     cpu::set_cr0(old | cr0::AM);
-    descriptors::set_spare_stack(STACK.address() + STACK_SIZE as u64);
+    descriptors::set_interrupt_stack(SPARE_STACK_INDEX, STACK.address() + STACK_SIZE as u64);
     for vector in [ALIGNMENT_CHECK, LEAVE_LEVEL_3] {
         exceptions::set_interrupt_stack(vector, SPARE_STACK_INDEX);
     }

@@ -142,7 +142,7 @@ fn untouched(index: u64) -> u64 {
 
 fn delivery_to_new_pages() {
     let stack_of = |vector: u8, index: u64| {
-        descriptors::set_spare_stack(untouched(index) + 0x1000);
+        descriptors::set_interrupt_stack(descriptors::SPARE_STACK_INDEX, untouched(index) + 0x1000);
         exceptions::set_interrupt_stack(vector, SPARE_STACK_INDEX);
         exceptions::on(vector, |frame| RIP.set(frame.rip));
     };
@@ -167,7 +167,7 @@ fn delivery_to_new_pages() {
     );
     check_equal("INT3 to a new page returns behind it", RIP.get(), after);
 
-    descriptors::set_spare_stack(untouched(2) + 0x1000);
+    descriptors::set_interrupt_stack(descriptors::SPARE_STACK_INDEX, untouched(2) + 0x1000);
     exceptions::set_interrupt_stack(vector::GENERAL_PROTECTION, SPARE_STACK_INDEX);
     check(
         "an injected #GP is delivered to a new page",

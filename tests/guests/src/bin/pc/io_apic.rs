@@ -1,11 +1,11 @@
 //! The I/O APIC: registers, edge and level interrupts.
 
 use super::legacy::PIC_VECTOR;
-use vireo_test_guests::exceptions::{self, Frame};
+use vireo_test_guests::exceptions::{self, Frame, vector};
 use vireo_test_guests::io_apic::{self, entry};
 use vireo_test_guests::port::{in8, out8};
 use vireo_test_guests::serial::{self, COM1};
-use vireo_test_guests::{apic, check, check_detail, check_equal, cpu, pic, pit, time};
+use vireo_test_guests::{apic, check, check_detail, check_equal, cpu, execute, pic, pit, time};
 
 const TIMER: u8 = 0x71;
 const SERIAL: u8 = 0x72;
@@ -65,15 +65,18 @@ fn edge() {
     cpu::interrupt_window();
     check_equal("a masked pin is silent", exceptions::count(TIMER), count);
 
-    exceptions::on(vireo_test_guests::exceptions::vector::NMI, |_| {});
+    exceptions::on(vector::NMI, |_| {});
     io_apic::redirect(TIMER_PIN, entry::NMI);
     time::spin(3 * ticks);
+    let before = exceptions::count(vector::NMI);
+    execute!("cli", "hlt");
+    let woken = exceptions::count(vector::NMI);
     io_apic::redirect(TIMER_PIN, entry::MASKED);
-    let nmis = exceptions::count(vireo_test_guests::exceptions::vector::NMI);
+    check_equal("and they end HLT with interrupts off", woken, before + 1);
     check_detail(
         "8254 can raise NMIs through the I/O APIC",
-        (2..=4).contains(&nmis),
-        format_args!("{nmis} in three periods"),
+        (2..=4).contains(&before),
+        format_args!("{before} in three periods"),
     );
     pit::stop(0);
 }
