@@ -35,7 +35,7 @@ pub struct TableRegister<T> {
 #[repr(C, align(16))]
 struct Stack([u8; STACK]);
 
-pub(crate) static GDT: Shared<[u64; ENTRIES]> = Shared::new([
+pub static GDT: Shared<[u64; ENTRIES]> = Shared::new([
     0,
     0x00af_9b00_0000_ffff,
     0x00cf_9300_0000_ffff,

@@ -255,6 +255,36 @@ pub fn registers(random: &mut Random) -> [u64; REGISTERS] {
     state
 }
 
+/// Flags: those of results as they come, the others seldom.
+pub fn flags(random: &mut Random) -> u64 {
+    let kept = rflags::CARRY | 0xd4 | 0x800;
+    let mut flags = random.next() & kept | 2;
+    for (bit, rare) in [
+        (8, 12),
+        (9, 3),
+        (10, 6),
+        (12, 8),
+        (13, 8),
+        (14, 64),
+        (18, 8),
+    ] {
+        if random.once_in(rare) {
+            flags |= 1 << bit;
+        }
+    }
+    flags
+}
+
+/// Puts code at an address, with its end behind it.
+pub fn place(random: &mut Random, mut code: Code, address: u64) {
+    code.defuse(random);
+    write_code(address, &code.bytes);
+    if TRACED.get() {
+        let bytes = code.bytes.get(..code.length).unwrap_or_default();
+        say(format_args!("fuzz: {bytes:02x?} at {address:#x}"));
+    }
+}
+
 /// Executes the code with these registers, and returns what has ended it: its breakpoint, if it
 /// came so far. It may be at the end of its page.
 pub fn run(random: &mut Random, mut code: Code, state: &[u64; REGISTERS]) -> Option<Exception> {
@@ -276,6 +306,7 @@ pub fn run(random: &mut Random, mut code: Code, state: &[u64; REGISTERS]) -> Opt
         say(format_args!("fuzz: {bytes:02x?} at {:#x}", CODE + place));
         say(format_args!("fuzz: {state:x?}"));
     }
+    machine::begin();
     let caught = exceptions::catch(|| enter());
     machine::restore();
     if TRACED.get() {

@@ -45,7 +45,7 @@ pub const LOOSE_PAGES: u64 = 8;
 const WATCH: u16 = 250;
 /// Steps of a round that are traced, at most.
 const STEPS: u64 = 40;
-/// Iterations of the watch in which a round has to end.
+/// Looks of the watch in which code has to end.
 const PATIENCE: u64 = 2;
 /// Bytes of the stacks that interrupts and exceptions have for themselves.
 const STACK: usize = 16 * 1024;
@@ -54,7 +54,9 @@ const STACK: usize = 16 * 1024;
 struct Stack([u8; STACK]);
 
 static STACKS: Shared<[Stack; 2]> = Shared::new([const { Stack([0; STACK]) }; 2]);
-/// How often the watch has looked since this round began.
+/// Whether code runs that has to be watched.
+static RUNS: Shared<bool> = Shared::new(false);
+/// How often the watch has looked since it began.
 static LOOKED: Shared<u64> = Shared::new(0);
 static STEPPED: Shared<u64> = Shared::new(0);
 /// The registers as they are to be at the start of a round.
@@ -164,7 +166,7 @@ pub fn arm_watch() {
 
 fn watch(frame: &mut Frame) {
     LOOKED.set(LOOKED.get() + 1);
-    if LOOKED.get() > PATIENCE {
+    if RUNS.get() && LOOKED.get() > PATIENCE {
         let exception = Exception {
             vector: vector::NMI,
             error: 0,
@@ -190,14 +192,16 @@ fn step(frame: &mut Frame) {
     frame.rflags |= 1 << 16;
 }
 
-/// A round begins.
+/// Code that has to be watched begins.
 pub fn begin() {
     LOOKED.set(0);
     STEPPED.set(0);
+    RUNS.set(true);
 }
 
-/// Puts back what a round may have changed in the CPU.
+/// Puts back what code may have changed in the CPU, and watches no longer.
 pub fn restore() {
+    RUNS.set(false);
     // SAFETY: what the program was started with.
     unsafe {
         asm!(

@@ -23,6 +23,7 @@
 
 mod code;
 mod machine;
+mod modes;
 mod random;
 mod rounds;
 mod warden;
@@ -52,7 +53,6 @@ fn run() {
             say(format_args!("fuzz: round {round}"));
         }
         warden::ROUND.set(round);
-        machine::begin();
         let mut random = Random::new(seed, round);
         // What is caught here has got around what the round itself catches.
         exceptions::catch(|| {

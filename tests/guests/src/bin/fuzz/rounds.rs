@@ -2,6 +2,7 @@
 
 use crate::code::{self, Code, RAX, RCX, RDX, RSI};
 use crate::machine::{self, DEVICES, LOOSE, LOOSE_PAGES, Touched};
+use crate::modes;
 use crate::random::Random;
 use vireo_test_guests::cpu::{self, msr as number, rdtsc};
 use vireo_test_guests::exceptions;
@@ -32,8 +33,9 @@ const ALL: Touched = Touched {
 };
 
 /// How often of a hundred, and which.
-const KINDS: [(u64, Kind); 11] = [
-    (30, instructions),
+const KINDS: [(u64, Kind); 12] = [
+    (20, instructions),
+    (10, other_modes),
     (10, anything),
     (10, model_specific),
     (14, ports),
@@ -63,6 +65,11 @@ fn instructions(random: &mut Random) -> Touched {
     let code = Code::likely(random);
     let state = code::registers(random);
     code::run(random, code, &state);
+    if random.once_in(4) { ALL } else { NOTHING }
+}
+
+fn other_modes(random: &mut Random) -> Touched {
+    modes::run(random);
     if random.once_in(4) { ALL } else { NOTHING }
 }
 
