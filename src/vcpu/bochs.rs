@@ -1,4 +1,5 @@
-//! What Bochs 2.7 does wrong with interrupts, and how guests are kept from it there.
+//! What Bochs 2.7 does wrong with interrupts and with privilege levels, and how guests are kept
+//! from it there.
 //!
 //! - A host interrupt does not end a guest that was entered with interrupts off and
 //!   leaves them off. So it is taken whenever the entry timer is set, which is many
@@ -9,6 +10,9 @@
 //! - An EPT violation in the delivery of a virtual interrupt is not reported as one that
 //!   interrupted it, and the interrupt is lost. So all memory of such a guest is mapped
 //!   before it starts.
+//! - VM entry takes the privilege level from the selector of CS, and not from SS (SDM 3, 27.3.1.2).
+//!   Where a guest has just left real mode, that is a paragraph. So its lowest bits are 0 until
+//!   the guest loads CS or goes back.
 //!
 //! Bochs is told by the rate of its preemption timer, that of the time-stamp counter:
 //! IA32_VMX_MISC gives 5 or more on silicon. A CPU without that timer is taken for it.
@@ -16,6 +20,7 @@
 use super::{SetupError, Vcpu};
 use crate::arch::cpu;
 use crate::devices::Ticks;
+use crate::vmx::vmcs::guest;
 
 /// How often a guest exits at the least, for the host interrupts that it may have missed.
 const SLICES_A_SECOND: u64 = 20;
@@ -61,6 +66,24 @@ impl Vcpu {
         if self.holds_interrupts {
             cpu::set_task_priority(if hold { NONE } else { ALL });
         }
+    }
+
+    /// The guest enters protected mode, or real mode: see to the selector of CS.
+    pub(super) fn correct_code_selector(&mut self, protected: bool) {
+        const PRIVILEGE: u16 = 3;
+        if !self.misses_interrupts {
+            return;
+        }
+        let selector = self.vmcs.read(guest::CS_SELECTOR);
+        let correct = if protected {
+            self.paragraph = selector;
+            selector & !PRIVILEGE
+        } else if self.paragraph & !PRIVILEGE == selector {
+            self.paragraph
+        } else {
+            selector
+        };
+        self.vmcs.write(guest::CS_SELECTOR, correct);
     }
 
     /// Lets host interrupts in while `wait` runs, which takes them.

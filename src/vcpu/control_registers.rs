@@ -169,6 +169,9 @@ impl Vcpu {
             .write(guest::CR0, value & !(CR0_CD | CR0_NW) | CR0_NE);
         self.vmcs.write(control::CR0_SHADOW, value);
         self.load_pdptes();
+        if (value ^ old) & CR0_PE != 0 {
+            self.correct_code_selector(value & CR0_PE != 0);
+        }
         if (value ^ old) & (CR0_PG | CR0_PE) != 0 {
             self.known.clear();
         }

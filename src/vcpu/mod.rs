@@ -90,6 +90,8 @@ pub struct Vcpu {
     /// What the emulator needs ([`bochs`]).
     misses_interrupts: bool,
     holds_interrupts: bool,
+    /// The selector of CS in real mode, likewise.
+    paragraph: u16,
     pending: Pending,
     /// The last fault that the hypervisor raised.
     raised: Option<Raised>,

@@ -202,6 +202,7 @@ impl Vcpu {
             apic_page: None,
             misses_interrupts: false,
             holds_interrupts: false,
+            paragraph: 0,
             cr4_allowed: cpuid::cr4_allowed(&table) & vmx.capabilities.cr4_fixed1,
             cpuid: table,
             known: Box::default(),

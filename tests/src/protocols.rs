@@ -4,6 +4,7 @@ use crate::harness::{Case, Ending, Input, Suite};
 use anyhow::{Context, Result};
 use object::{Object, ObjectSegment};
 use std::path::PathBuf;
+use std::process::Command;
 use xtask::progress::Progress;
 use xtask::provision::Provisioner;
 use xtask::{build, paths};
@@ -17,6 +18,8 @@ pub fn add(suite: &mut Suite) {
     suite.add("protocols::memtest86", memtest86);
     suite.add("protocols::grub", grub);
     suite.add("protocols::ipxe", ipxe);
+    suite.add("protocols::floppy", floppy);
+    suite.add("protocols::xen", xen);
     suite.add("protocols::firmware_refused", firmware_refused);
     suite.add("protocols::linux_i386", |case| {
         linux_i386(case, "linux-image-686")
@@ -262,6 +265,89 @@ fn ipxe(case: &mut Case) -> Result<()> {
         .limit(180)
         .run()?;
     case.check_equal("its shell answers", seen.ending, Ending::Status(0));
+    Ok(())
+}
+
+/// A boot sector that says the text behind its code, reads the next sector to 0x7e00 by the BIOS,
+/// and says what is there.
+fn boot_sector(text: &[u8]) -> Vec<u8> {
+    /// Offset of the text.
+    const TEXT: u8 = 0x60;
+    const CODE: [&[u8]; 6] = [
+        // xor ax, ax; mov ds, ax; mov es, ax; mov si, 0x7c00 + TEXT
+        &[0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0, 0xbe, TEXT, 0x7c],
+        SAY,
+        // mov ax, 0x0201; mov cx, 2; mov dx, 0; mov bx, 0x7e00; int 0x13
+        &[
+            0xb8, 1, 2, 0xb9, 2, 0, 0xba, 0, 0, 0xbb, 0, 0x7e, 0xcd, 0x13,
+        ],
+        // mov si, 0x7e00
+        &[0xbe, 0, 0x7e],
+        SAY,
+        // jmp itself
+        &[0xeb, 0xfe],
+    ];
+    // lodsb; or al, al; jz behind; mov ah, 0x0e; int 0x10; jmp lodsb
+    const SAY: &[u8] = &[
+        0xac, 0x08, 0xc0, 0x74, 6, 0xb4, 0x0e, 0xcd, 0x10, 0xeb, 0xf5,
+    ];
+    let mut sector = CODE.concat();
+    sector.resize(TEXT.into(), 0);
+    sector.extend(text);
+    sector.resize(510, 0);
+    sector.extend([0x55, 0xaa]);
+    sector
+}
+
+/// A BIOS boots a floppy disk that is in memory: all in real mode.
+fn floppy(case: &mut Case) -> Result<()> {
+    /// Bytes of a disk.
+    const DISK: usize = 1440 << 10;
+    let mut disk = boot_sector(b"the first sector\r\n");
+    disk.extend(b"and the second one\r\n");
+    disk.resize(DISK, 0);
+    let image = case.folder().join("disk");
+    std::fs::write(&image, disk)?;
+    let progress = Progress::new();
+    let provisioner = Provisioner::new(&progress);
+    let (bios, kernel) = (provisioner.seabios()?, provisioner.memdisk()?);
+    let seen = case
+        .machine()
+        .options(["--firmware", &bios.display().to_string()])
+        .options(["--kernel", &kernel.display().to_string()])
+        .options(["--initrd", &image.display().to_string()])
+        .options(["--cmdline", "floppy", "--memory", "64M"])
+        .input(Input::Typed(vec![
+            ("the first sector", ""),
+            ("and the second", "\x1dq"),
+        ]))
+        .limit(120)
+        .run()?;
+    case.check_equal("both sectors are read", seen.ending, Ending::Status(0));
+    Ok(())
+}
+
+/// Another hypervisor, which finds memory below 1 MiB by what a BIOS has written there.
+fn xen(case: &mut Case) -> Result<()> {
+    let progress = Progress::new();
+    let package = Provisioner::new(&progress).xen()?;
+    let unpacked = Command::new("gzip").arg("-dc").arg(&package).output()?;
+    let kernel = case.folder().join("xen");
+    std::fs::write(&kernel, unpacked.stdout)?;
+    let seen = case
+        .machine()
+        .options(["--multiboot", &kernel.display().to_string()])
+        .options(["--cmdline", "com1=115200 console=com1 noreboot"])
+        .options(["--memory", "256M"])
+        .run()?;
+    for line in ["Bootloader: Vireo", "dom0 kernel not specified"] {
+        case.check(line, seen.output.contains(line), &seen.console);
+    }
+    case.check_equal(
+        "the sentence",
+        seen.ending.sentence(),
+        "the guest guest was stopped: halted with interrupts off",
+    );
     Ok(())
 }
 

@@ -217,6 +217,22 @@ impl<'a> Provisioner<'a> {
         self.file("ipxe", "boot/ipxe.lkrn")
     }
 
+    /// What makes a BIOS take an image of a floppy disk, a bzImage's initrd, for the disk.
+    ///
+    /// # Errors
+    /// When it cannot be fetched.
+    pub fn memdisk(&self) -> Result<PathBuf> {
+        self.file("syslinux-common", "usr/lib/syslinux/memdisk")
+    }
+
+    /// A hypervisor, a multiboot kernel, as packaged: compressed.
+    ///
+    /// # Errors
+    /// When it cannot be fetched.
+    pub fn xen(&self) -> Result<PathBuf> {
+        self.file("xen-hypervisor-4.17-amd64", "boot/xen-4.17-amd64.gz")
+    }
+
     /// A file of a package, installed or unpacked.
     fn file(&self, package: &str, path: &str) -> Result<PathBuf> {
         let installed = Path::new("/").join(path);

@@ -1,5 +1,6 @@
 //! Boot protocols: from an image to the state in which the first vCPU starts.
 
+mod bios_data;
 pub mod bzimage;
 mod elf;
 pub mod firmware;
@@ -258,7 +259,9 @@ pub struct Machine<'a> {
 /// # Errors
 /// Why the image cannot be booted in this guest.
 pub fn load(images: &Images, machine: &Machine) -> Result<EntryState, BootError> {
-    match image::kind(images.kernel, images.protocol)? {
+    let kind = image::kind(images.kernel, images.protocol)?;
+    bios_data::write(machine.memory)?;
+    match kind {
         Kind::BzImage => bzimage::load(images, machine),
         Kind::Multiboot(header) => multiboot::load(&header, images, machine),
         Kind::Elf => {
