@@ -25,6 +25,8 @@ extern crate alloc;
 pub mod addr;
 pub mod arch;
 pub mod devices;
+#[cfg(test)]
+mod fuzz;
 pub mod host;
 pub mod monitor;
 pub mod sync;

@@ -540,7 +540,7 @@ fn far_jumps_and_tables() {
 /// A plain move does what the instruction does without its short way.
 #[test]
 fn plain_moves_do_the_same() {
-    let mut random = native::Random(3);
+    let mut random = crate::fuzz::Random(3);
     let (mut plain, mut aligned) = (0, 0);
     for _ in 0..20_000 {
         let prefix = random.pick(&[&[][..], &[0x66], &[0x40], &[0x48], &[0x4c], &[0x66, 0x45]]);

@@ -3,6 +3,7 @@
 
 use super::machine::Ram;
 use super::*;
+use crate::fuzz::Random;
 use crate::vcpu::emulate::alu::{AF, CF, OF, STATUS};
 use core::arch::{asm, global_asm};
 use core::mem::offset_of;
@@ -169,49 +170,6 @@ impl Lab {
             memory
                 .as_mut_ptr()
                 .copy_from_nonoverlapping(self.data, memory.len());
-        }
-    }
-}
-
-/// SplitMix64.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
-
-    pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
-        from[self.below(from.len() as u64) as usize]
-    }
-
-    /// Numbers of which many are at some edge.
-    pub fn number(&mut self) -> u64 {
-        const EDGES: [u64; 12] = [
-            0,
-            1,
-            0x7f,
-            0x80,
-            0xff,
-            0x7fff,
-            0x8000,
-            0x7fff_ffff,
-            0x8000_0000,
-            0xffff_ffff,
-            1 << 63,
-            u64::MAX,
-        ];
-        match self.below(4) {
-            0 => self.pick(&EDGES),
-            1 => self.below(70),
-            _ => self.next(),
         }
     }
 }
