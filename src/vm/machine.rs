@@ -253,14 +253,15 @@ impl Vm {
         let Some(page) = paging::to_phys(self.apic_access_page()) else {
             return false;
         };
-        let all = Permissions::all();
+        // A fetch is an EPT violation: Bochs panics where it is an APIC-access exit.
+        let data = Permissions::READ | Permissions::WRITE;
         let mut places = self.apic_accesses.lock();
         let mapped = places.contains(&gpa)
             || self.memory.slots().find(gpa).is_none()
                 && self
                     .ept
                     .lock()
-                    .map(gpa, page, PageSize::Size4K, all, MemoryType::WriteBack)
+                    .map(gpa, page, PageSize::Size4K, data, MemoryType::WriteBack)
                     .is_ok();
         if mapped {
             places.push(gpa);

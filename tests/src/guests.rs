@@ -37,6 +37,7 @@ pub fn add(suite: &mut Suite) {
             "code or page tables at 0xd0000000, where it has no memory",
         )
     });
+    suite.add("guests::code_in_the_local_apic", code_in_the_local_apic);
     suite.add("guests::delivery", |case| {
         stopped(
             case,
@@ -257,6 +258,28 @@ fn exit_times(case: &mut Case, console: &str) {
         all > 0 && lines.iter().any(|line| line.starts_with(&summary)),
         summary,
     );
+}
+
+/// It fetches where each tier has the local APIC's registers.
+fn code_in_the_local_apic(case: &mut Case) -> Result<()> {
+    const TIERS: [&str; 3] = ["emulated", "flexpriority", "apicv"];
+    let config = TIERS.map(|tier| {
+        let rest = format!("apic = \"{tier}\"\ncmdline = \"at={}\"\n", 0xfee0_01e0_u32);
+        entry(tier, "unmapped") + &rest
+    });
+    let kernel = paths::read(&build::guest("unmapped")?)?;
+    let seen = case
+        .machine()
+        .volume(&config.concat(), &[("unmapped", &kernel)])?
+        .limit(120)
+        .run()?;
+    for tier in TIERS {
+        let line = format!(
+            "vireo: vm {tier}: stopped: code or page tables at 0xfee001e0, where it has no memory"
+        );
+        case.check(&line, said(&seen, &line), &seen.console);
+    }
+    Ok(())
 }
 
 /// A guest that says `last` and then is stopped with `reason`, in which `@`

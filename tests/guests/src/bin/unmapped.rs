@@ -1,8 +1,10 @@
-//! A jump to an address where there is neither memory nor a device.
+//! A jump to an address where there is neither memory nor a device, or to the one of the command
+//! line's `at=NUMBER`.
 #![no_std]
 #![no_main]
 
 use vireo_test_guests::report::say;
+use vireo_test_guests::start_info::option;
 
 vireo_test_guests::guest!(run);
 
@@ -11,5 +13,6 @@ const NOWHERE: u64 = 0xd000_0000;
 
 fn run() {
     say(format_args!("about to run into nothing"));
-    let _ = vireo_test_guests::execute!("call {}", in(reg) NOWHERE, clobber_abi("C"));
+    let place = option("at").unwrap_or(NOWHERE);
+    let _ = vireo_test_guests::execute!("call {}", in(reg) place, clobber_abi("C"));
 }
