@@ -5,13 +5,14 @@ use super::events::{Exception, RFLAGS_RF};
 use super::execution::{Execution, Known};
 use super::known_code::Context;
 use super::run::End;
-use super::segmentation::{Addressing, Rights};
+use super::segmentation::{Addressing, Descriptor, Rights};
 use super::{Attention, Vcpu};
 use crate::addr::{Gpa, Gva, PAGE_SIZE};
 use crate::arch::registers::GeneralRegisters;
 use crate::devices::local_apic::{Action, Mode as ApicMode, register};
 use crate::devices::{Width, pc};
 use crate::vm::machine::Unmapped;
+use crate::vm::slots::SlotKind;
 use crate::vmx::exit::EptViolation;
 use crate::vmx::vmcs::{guest, information};
 use alloc::sync::Arc;
@@ -35,7 +36,9 @@ impl Vcpu {
         match self.vm.map_page(violation.gpa, violation.write) {
             Ok(()) => {}
             Err(Unmapped::NoSlot) if delivering => {
-                self.end(End::NoMemoryForDelivery(violation.gpa));
+                if !self.mark_descriptor(violation.gpa) {
+                    self.end(End::NoMemoryForDelivery(violation.gpa));
+                }
             }
             Err(Unmapped::NoSlot) if violation.execute || !violation.final_access => {
                 // Code or page tables where there is no memory.
@@ -186,12 +189,47 @@ impl Vcpu {
     }
 
     fn not_emulated(&mut self, gpa: Gpa, context: Context) -> Result<(), Exception> {
+        if self.mark_descriptor(gpa) {
+            return Ok(());
+        }
         let rip = Gva(context.address);
         let mut bytes = [0; INSTRUCTION_MAX];
         // It was there just now; else the message shows zeros.
         let _ = self.fetch(rip, &mut bytes);
         self.end(End::Instruction { rip, bytes, gpa });
         Ok(())
+    }
+
+    /// The CPU was about to set the accessed bit of a descriptor in ROM at `gpa`, which silicon
+    /// forgets. Sets it there, where nobody looks, so that the CPU need not: whatever it does can
+    /// be done again. False where it was about something else.
+    #[cold]
+    fn mark_descriptor(&self, gpa: Gpa) -> bool {
+        let memory = &self.vm.memory;
+        let kind = memory.slots().find(gpa).map(|slot| slot.kind);
+        let linear = self.vmcs.read(information::GUEST_LINEAR_ADDRESS);
+        let tables = [
+            (guest::GDTR_BASE, guest::GDTR_LIMIT),
+            (guest::LDTR_BASE, guest::LDTR_LIMIT),
+        ];
+        let offset = tables.into_iter().find_map(|(base, limit)| {
+            let offset = linear.wrapping_sub(self.vmcs.read(base));
+            (offset <= self.vmcs.read(limit).into()).then_some(offset)
+        });
+        let (Some(SlotKind::Rom), Some(offset)) = (kind, offset) else {
+            return false;
+        };
+        // A page has all of it where tables are aligned to 8 bytes, as they are in ROM.
+        let descriptor = Gpa(gpa.0.wrapping_sub(offset % Descriptor::BYTES));
+        let marked = memory
+            .read_u64(descriptor)
+            .map(|found| (found, Descriptor(found).accessed()));
+        match marked {
+            Ok((found, Some(marked))) if marked.0 != found => {
+                memory.write(descriptor, &marked.0.to_le_bytes()).is_ok()
+            }
+            _ => false,
+        }
     }
 
     /// Whether the guest executes 64-bit code.

@@ -204,6 +204,19 @@ pub const fn is_canonical(address: u64) -> bool {
 pub struct Descriptor(pub u64);
 
 impl Descriptor {
+    /// Of one in a table, in bytes.
+    pub const BYTES: u64 = 8;
+
+    /// The same, of code or data, with the accessed bit.
+    pub const fn accessed(self) -> Option<Self> {
+        const NOT_SYSTEM: u64 = 1 << 44;
+        const ACCESSED: u64 = 1 << 40;
+        if self.0 & NOT_SYSTEM == 0 {
+            return None;
+        }
+        Some(Self(self.0 | ACCESSED))
+    }
+
     pub const fn base(self) -> u64 {
         self.0 >> 16 & 0xff_ffff | self.0 >> 32 & 0xff00_0000
     }
@@ -325,8 +338,7 @@ pub fn accept(
     (address, descriptor): (u64, Descriptor),
     selector: u16,
 ) -> Result<SegmentRegister, Exception> {
-    const ACCESSED: u64 = 1 << 40;
-    let accessed = Descriptor(descriptor.0 | ACCESSED);
+    let accessed = descriptor.accessed().unwrap_or(descriptor);
     if accessed != descriptor {
         let [.., rights, _, _] = accessed.0.to_le_bytes();
         tables.store_system(address.wrapping_add(5), &[rights])?;
@@ -484,5 +496,8 @@ mod tests {
         assert_eq!(descriptor.limit(), 0xffff_ffff);
         assert_eq!(descriptor.rights(), Rights(0xc09b));
         assert_eq!(Descriptor(0x0003_8900_0000_abcd).limit(), 0x3_abcd);
+        let fresh = Descriptor(0x12cf_9a34_5678_ffff);
+        assert_eq!(fresh.accessed(), Some(descriptor));
+        assert_eq!(Descriptor(0x0003_8900_0000_abcd).accessed(), None);
     }
 }

@@ -19,6 +19,7 @@ pub fn add(suite: &mut Suite) {
     suite.add("protocols::grub", grub);
     suite.add("protocols::ipxe", ipxe);
     suite.add("protocols::floppy", floppy);
+    suite.add("protocols::u_boot", u_boot);
     suite.add("protocols::xen", xen);
     suite.add("protocols::firmware_refused", firmware_refused);
     suite.add("protocols::linux_i386", |case| {
@@ -265,6 +266,25 @@ fn ipxe(case: &mut Case) -> Result<()> {
         .limit(180)
         .run()?;
     case.check_equal("its shell answers", seen.ending, Ending::Status(0));
+    Ok(())
+}
+
+/// Firmware whose descriptors are in ROM, where the CPU cannot mark them, comes to its prompt.
+fn u_boot(case: &mut Case) -> Result<()> {
+    let progress = Progress::new();
+    let firmware = Provisioner::new(&progress).u_boot()?;
+    let seen = case
+        .machine()
+        .options(["--firmware", &firmware.display().to_string()])
+        .options(["--memory", "256M"])
+        .input(Input::Typed(vec![
+            ("Hit any key", "\r"),
+            ("=> ", "echo a b\r"),
+            ("\na b", "\x1dq"),
+        ]))
+        .limit(180)
+        .run()?;
+    case.check_equal("its prompt answers", seen.ending, Ending::Status(0));
     Ok(())
 }
 

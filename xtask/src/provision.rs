@@ -233,6 +233,14 @@ impl<'a> Provisioner<'a> {
         self.file("xen-hypervisor-4.17-amd64", "boot/xen-4.17-amd64.gz")
     }
 
+    /// Firmware that goes to 64-bit code by descriptors in its ROM.
+    ///
+    /// # Errors
+    /// When it cannot be fetched.
+    pub fn u_boot(&self) -> Result<PathBuf> {
+        self.file("u-boot-qemu", "usr/lib/u-boot/qemu-x86_64/u-boot.rom")
+    }
+
     /// A file of a package, installed or unpacked.
     fn file(&self, package: &str, path: &str) -> Result<PathBuf> {
         let installed = Path::new("/").join(path);
