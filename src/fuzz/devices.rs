@@ -9,6 +9,7 @@ use crate::devices::{Clock, Message, Request, Ticks, Width, ioapic, pc};
 use crate::vm::fw_cfg;
 use crate::vm::memory::GuestMemory;
 use crate::vm::memory_map::MemoryMap;
+use crate::vm::screen;
 
 const RAM: usize = 2 << 20;
 /// Bytes before and behind the guest's memory that nobody may touch.
@@ -102,7 +103,19 @@ impl<'a> Pc<'a> {
                 _ => self.chipset.eoi(value as u8),
             },
             19..=21 => self.local_apic(random, width, value),
-            _ => self.wait(random),
+            22 => self.wait(random),
+            _ => self.look(random),
+        }
+    }
+
+    /// What the operator looks at, or time passes.
+    fn look(&mut self, random: &mut Random) {
+        if !random.once_in(32) {
+            return self.wait(random);
+        }
+        if let Some(mode) = self.chipset.text_mode() {
+            let cells = [random.next() as u8; 1024];
+            assert!(screen::text(mode, &cells).len() < 1 << 16);
         }
     }
 
@@ -208,7 +221,10 @@ impl<'a> Pc<'a> {
 }
 
 fn port(random: &mut Random) -> u16 {
-    const KNOWN: [(u16, u16); 18] = [
+    const KNOWN: [(u16, u16); 20] = [
+        // The VGA's.
+        (0x3b4, 2),
+        (0x3c0, 32),
         (pc::PIC_MASTER, 2),
         (pc::PIC_SLAVE, 2),
         (pc::ELCR, 2),

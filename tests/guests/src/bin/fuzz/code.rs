@@ -5,6 +5,7 @@ use crate::machine::{self, CODE};
 use crate::random::Random;
 use core::arch::naked_asm;
 use vireo_test_guests::cpu::rflags;
+use vireo_test_guests::descriptors::selector;
 use vireo_test_guests::exceptions::{self, Exception};
 use vireo_test_guests::memory::{write_code, write64};
 use vireo_test_guests::report::say;
@@ -14,15 +15,17 @@ const LONGEST: usize = 64;
 /// INT3: whatever the code is, behind it is an end.
 const END: u8 = 0xcc;
 
-/// RAX, RBX, RCX, RDX, RSI, RDI, RBP, R8 to R15, RFLAGS, RSP, RIP.
-const REGISTERS: usize = 18;
+/// RAX, RBX, RCX, RDX, RSI, RDI, RBP, R8 to R15, and what IRET takes: RIP, CS, RFLAGS, RSP, SS.
+pub const REGISTERS: usize = 20;
 pub const RAX: usize = 0;
 pub const RCX: usize = 2;
 pub const RDX: usize = 3;
 pub const RSI: usize = 4;
-const RFLAGS: usize = 15;
-const RSP: usize = 16;
-const RIP: usize = 17;
+pub const RIP: usize = 15;
+pub const CS: usize = 16;
+const RFLAGS: usize = 17;
+pub const RSP: usize = 18;
+pub const SS: usize = 19;
 
 /// Whether code and registers are told before they are run.
 pub static TRACED: Shared<bool> = Shared::new(false);
@@ -232,22 +235,9 @@ pub fn registers(random: &mut Random) -> [u64; REGISTERS] {
     if random.once_in(3) {
         state[RCX] = random.below(80);
     }
-    let kept = rflags::CARRY | 0xd4 | 0x800;
-    let mut flags = random.next() & kept | 2;
-    for (bit, rare) in [
-        (8, 12),
-        (9, 3),
-        (10, 6),
-        (12, 8),
-        (13, 8),
-        (14, 64),
-        (18, 8),
-    ] {
-        if random.once_in(rare) {
-            flags |= 1 << bit;
-        }
-    }
-    state[RFLAGS] = flags;
+    state[RFLAGS] = flags(random);
+    state[CS] = selector::CODE.into();
+    state[SS] = selector::DATA.into();
     state[RSP] = (machine::DATA + machine::offset(random)) & !7;
     if random.once_in(64) {
         state[RSP] = machine::pointer(random);
@@ -297,13 +287,21 @@ pub fn run(random: &mut Random, mut code: Code, state: &[u64; REGISTERS]) -> Opt
     let room = (paging::PAGE - place) as usize;
     let bytes = code.bytes.get(..LONGEST.min(room)).unwrap_or_default();
     write_code(paging::scratch(0) + place, bytes);
-    for (index, &value) in state.iter().enumerate() {
-        STATE.put(index, value);
-    }
-    STATE.put(RIP, CODE + place);
+    let mut state = *state;
+    state[RIP] = CODE + place;
     if TRACED.get() {
         let bytes = bytes.get(..code.length).unwrap_or_default();
         say(format_args!("fuzz: {bytes:02x?} at {:#x}", CODE + place));
+    }
+    execute(&state)
+}
+
+/// Executes what is at RIP.
+pub fn execute(state: &[u64; REGISTERS]) -> Option<Exception> {
+    for (index, &value) in state.iter().enumerate() {
+        STATE.put(index, value);
+    }
+    if TRACED.get() {
         say(format_args!("fuzz: {state:x?}"));
     }
     machine::begin();
@@ -344,9 +342,7 @@ extern "C" fn enter() {
         "pop r13",
         "pop r14",
         "pop r15",
-        "popfq",
-        "mov rsp, [{state} + 8 * 16]",
-        "jmp qword ptr [{state} + 8 * 17]",
+        "iretq",
         state = sym STATE,
     )
 }

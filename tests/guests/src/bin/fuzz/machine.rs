@@ -6,8 +6,8 @@ use vireo_test_guests::cpu::{self, msr};
 use vireo_test_guests::descriptors::{self, NMI_STACK_INDEX, SPARE_STACK_INDEX, selector};
 use vireo_test_guests::entry::TABLES;
 use vireo_test_guests::exceptions::{self, Exception, Frame, vector};
-use vireo_test_guests::memory::{write32, write64};
-use vireo_test_guests::paging::entry::{NO_EXECUTE, PRESENT, UNCACHEABLE, WRITABLE};
+use vireo_test_guests::memory::{read64, write32, write64};
+use vireo_test_guests::paging::entry::{NO_EXECUTE, PRESENT, UNCACHEABLE, USER, WRITABLE};
 use vireo_test_guests::paging::{self, PAGE, WINDOW};
 use vireo_test_guests::port::out8;
 use vireo_test_guests::serial::COM1;
@@ -90,11 +90,20 @@ pub fn prepare() {
         };
         exceptions::set_interrupt_stack(vector, index);
     }
+    open_low_memory();
     unmap_holes();
     exceptions::on(vector::NMI, watch);
     exceptions::on(vector::DEBUG, step);
     map();
     arm_watch();
+}
+
+/// Opens the flat map's first 2 MiB to level 3, where modes have their code.
+fn open_low_memory() {
+    let tables = TABLES.address();
+    for entry in [tables, tables + PAGE, tables + 2 * PAGE] {
+        write64(entry, read64(entry) | USER);
+    }
 }
 
 /// Takes what is neither memory nor an interrupt controller out of the flat map: code that goes
@@ -133,8 +142,21 @@ pub fn map() {
         let bits = PRESENT | WRITABLE | UNCACHEABLE | NO_EXECUTE;
         paging::map((page - WINDOW) / PAGE, place, bits);
     }
+    (0..LOOSE_PAGES).for_each(map_loose);
     // RAM behind the last device.
     paging::map(16 + DEVICE_PAGES, paging::scratch(2), PRESENT | WRITABLE);
+}
+
+/// Has a page of [`LOOSE`] be as it is to be: what level 3 may access.
+pub fn map_loose(number: u64) {
+    let place = match number % 4 {
+        0 => apic::BASE,
+        1 => io_apic::BASE,
+        2 => 0xff00_0000,
+        _ => paging::scratch(2),
+    };
+    let bits = PRESENT | WRITABLE | USER | NO_EXECUTE;
+    paging::map((LOOSE - WINDOW) / PAGE + number, place, bits);
 }
 
 /// An address that an instruction may like.

@@ -1,4 +1,4 @@
-//! Code that nobody has written, in all modes that are not 64-bit: real and unreal, protected with
+//! Code that nobody has written, in all modes that are not 64-bit at level 0: at level 3, compatibility, real and unreal, protected with
 //! 16 and 32 bits, at level 3 too, virtual-8086, without paging, with paging of 32 bits and with
 //! PAE. Whatever it raises leads back.
 
@@ -219,6 +219,44 @@ enum Paging {
 
 /// Executes what looks like instructions in one of the modes.
 pub fn run(random: &mut Random) {
+    if random.once_in(2) {
+        run_in_long_mode(random);
+    } else {
+        run_in_legacy_mode(random);
+    }
+}
+
+/// At level 3, or what 32- and 16-bit code is there.
+fn run_in_long_mode(random: &mut Random) {
+    let (code, data) = random.pick(&[
+        (selector::USER_CODE, selector::USER_DATA),
+        (selector::CODE_32, selector::DATA),
+        (selector::CODE_16, selector::DATA_16),
+    ]);
+    let mut state = code::registers(random);
+    if code != selector::USER_CODE {
+        for register in state.iter_mut().take(code::RIP) {
+            *register = value(random).into();
+        }
+    }
+    state[code::RIP] = CODE;
+    state[code::CS] = code.into();
+    state[code::RSP] = LOW_STACK;
+    state[code::SS] = data.into();
+    let code = any_code(random);
+    code::place(random, code, CODE);
+    code::execute(&state);
+}
+
+fn any_code(random: &mut Random) -> Code {
+    if random.once_in(2) {
+        Code::any(random)
+    } else {
+        Code::likely(random)
+    }
+}
+
+fn run_in_legacy_mode(random: &mut Random) {
     use Mode::{Protected, Real, User, Virtual8086};
     let mode = random.pick(&[Real, Real, Protected, Protected, User, Virtual8086]);
     let paging = random.pick(&[Paging::None, Paging::Bits32, Paging::Pae]);
@@ -228,11 +266,7 @@ pub fn run(random: &mut Random) {
     } else {
         paging
     };
-    let code = if random.once_in(2) {
-        Code::any(random)
-    } else {
-        Code::likely(random)
-    };
+    let code = any_code(random);
     prepare(random, mode, paging);
     code::place(random, code, CODE);
     if code::TRACED.get() {

@@ -7,7 +7,6 @@ use crate::random::Random;
 use vireo_test_guests::cpu::{self, msr as number, rdtsc};
 use vireo_test_guests::exceptions;
 use vireo_test_guests::memory::{read8, read16, read32, read64, write8, write16, write32, write64};
-use vireo_test_guests::paging::entry::{PRESENT, WRITABLE};
 use vireo_test_guests::paging::{self, PAGE, WINDOW};
 use vireo_test_guests::port::{in8, in16, in32, out8, out16, out32};
 use vireo_test_guests::{apic, time};
@@ -140,7 +139,9 @@ fn harmless_command(value: u64) -> u64 {
 
 /// A port: mostly one where somebody is.
 pub fn port(random: &mut Random) -> u16 {
-    const KNOWN: [(u16, u16); 17] = [
+    const KNOWN: [(u16, u16); 19] = [
+        (0x3b4, 2),
+        (0x3c0, 32),
         (0x20, 2),
         (0xa0, 2),
         (0x4d0, 2),
@@ -349,7 +350,8 @@ fn interrupt_commands(random: &mut Random) -> Touched {
 
 /// Entries that point anywhere, with any bits, and an access by them.
 fn page_tables(random: &mut Random) -> Touched {
-    let index = (LOOSE - WINDOW) / PAGE + random.below(LOOSE_PAGES);
+    let number = random.below(LOOSE_PAGES);
+    let index = (LOOSE - WINDOW) / PAGE + number;
     let frame = match random.below(4) {
         0 => paging::scratch(random.below(4)),
         1 => apic::BASE,
@@ -376,7 +378,7 @@ fn page_tables(random: &mut Random) -> Touched {
         _ => Code::likely(random),
     };
     code::run(random, code, &state);
-    paging::map(index, paging::scratch(2), PRESENT | WRITABLE);
+    machine::map_loose(number);
     if frame == apic::BASE { APICS } else { NOTHING }
 }
 
