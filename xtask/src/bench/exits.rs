@@ -16,7 +16,7 @@ pub fn configuration(kernel: &str, cmdline: &str, vcpus: u32, tiers: &[ApicMode]
     let mut before = None;
     for tier in tiers {
         sections.push_str(&format!(
-            "[[vm]]\nname = \"{tier}\"\nmemory = \"128M\"\nkernel = \"{kernel}\"\ncmdline = \"{cmdline}\"\napic = \"{tier}\"\nvcpus = {vcpus}\n"
+            "[[vm]]\nname = \"{tier}\"\nmemory = \"128M\"\nkernel = \"{kernel}\"\ncmdline = \"{cmdline}\"\napic = \"{tier}\"\nvcpus = {vcpus}\nslice_us = 100\n"
         ));
         if let Some(before) = before.replace(tier) {
             sections.push_str(&format!("after = \"{before}\"\n"));

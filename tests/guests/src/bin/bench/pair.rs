@@ -1,17 +1,22 @@
 //! Two CPUs: an interrupt from one to the other, both on processors of their own, or both on
 //! one, where the second comes to run when the first waits.
 
-use super::{ROUNDS, VECTOR, end_x2apic, measure_rounds, write_msr};
+use super::{ROUNDS, VECTOR, end_x2apic, measure_rounds, wait, write_msr};
 use core::arch::{asm, naked_asm};
-use core::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+use core::sync::atomic::{
+    AtomicBool, AtomicU32, AtomicU64,
+    Ordering::{Relaxed, SeqCst},
+};
 use vireo_test_guests::apic::register;
-use vireo_test_guests::cpu::{self, msr};
+use vireo_test_guests::cpu::{self, msr, rdtsc};
 use vireo_test_guests::{apic, check, exceptions, processors};
 
 /// Interrupts that the other has taken.
 static TAKEN: AtomicU32 = AtomicU32::new(0);
 static READY: AtomicBool = AtomicBool::new(false);
 static STOP: AtomicBool = AtomicBool::new(false);
+/// The time-stamp counter when the second CPU has last looked.
+static LOOKED: AtomicU64 = AtomicU64::new(0);
 
 /// The shortest handler that tells: counts, and ends the interrupt.
 #[unsafe(naked)]
@@ -97,4 +102,31 @@ pub fn together() {
     );
     STOP.store(true, SeqCst);
     send(1);
+    turns();
+}
+
+/// Both on one, and neither waits: they take turns, by slices of their time.
+fn turns() {
+    check(
+        "the other has ended",
+        processors::wait(|| processors::is_idle(1)),
+    );
+    STOP.store(false, SeqCst);
+    processors::give(1, || {
+        while !STOP.load(Relaxed) {
+            LOOKED.store(rdtsc(), Relaxed);
+        }
+    });
+    let mut before = rdtsc();
+    wait("end of a slice, switch, next instruction", || {
+        loop {
+            let (other, now) = (LOOKED.load(Relaxed), rdtsc());
+            let own = core::mem::replace(&mut before, now);
+            // It has run since this one has last looked.
+            if other > own {
+                return now - other;
+            }
+        }
+    });
+    STOP.store(true, SeqCst);
 }
