@@ -28,7 +28,6 @@ use crate::vm::memory_map::MemoryMap;
 use crate::vm::mp;
 use crate::vm::slots::SlotKind;
 use crate::vmx::ept::EptError;
-use crate::vmx::live_state::LiveState;
 use crate::vmx::memory_type::Mtrrs;
 use crate::vmx::vpid::{Vpid, VpidAllocator};
 use ::log::{error, info, warn};
@@ -340,12 +339,8 @@ fn make_vcpu(scheduler: &mut Scheduler, living: &Arc<Living>, id: u32) -> Result
         vpid,
         entry,
         shares_cpu,
-    )
-    .and_then(|(vcpu, stack)| {
-        let registers = LiveState::at_reset(vcpu.xcr0_supported());
-        Ok((vcpu, stack, registers.map_err(|_| SetupError::OutOfMemory)?))
-    });
-    let (vcpu, stack, registers) = made.inspect_err(|_| VPIDS.lock().free(vpid))?;
+    );
+    let (vcpu, stack) = made.inspect_err(|_| VPIDS.lock().free(vpid))?;
     let statistics = stack.statistics();
     if config.statistics == config::Statistics::Times && statistics.record_times(true).is_err() {
         warn!(
@@ -367,7 +362,7 @@ fn make_vcpu(scheduler: &mut Scheduler, living: &Arc<Living>, id: u32) -> Result
         #[cfg(feature = "count-vmcs")]
         crate::vmx::count::reset();
     }
-    scheduler.add(Task::new(vcpu, stack, registers, Arc::clone(living)));
+    scheduler.add(Task::new(vcpu, stack, Arc::clone(living)));
     Ok(())
 }
 

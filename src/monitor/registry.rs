@@ -103,7 +103,7 @@ enum Then {
 }
 
 struct Running {
-    mailboxes: Arc<[Mailbox]>,
+    mailboxes: Arc<[Arc<Mailbox>]>,
     /// Since its first vCPU is there.
     tier: Option<ApicTier>,
     /// Of the vCPUs that are there.

@@ -16,74 +16,89 @@ use crate::arch::cpu;
 use crate::host::time;
 use crate::vcpu::{End, Turn, Vcpu};
 use crate::vmx::entry::Entry;
-use crate::vmx::live_state::LiveState;
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::mem;
 
 /// Something that a CPU does between the turns of its vCPUs. It must not wait.
 pub type Job = Box<dyn FnOnce(&mut Scheduler) + Send>;
 
+/// What the time-stamp counter does not come to.
+const NEVER: u64 = u64::MAX;
+
 /// The scheduler of one CPU, used by that alone.
 pub struct Scheduler {
     processor: &'static Processor,
-    /// Equals in the order in which they get the CPU.
-    #[expect(
-        clippy::vec_box,
-        reason = "the order changes often, and a task is large"
-    )]
-    tasks: Vec<Box<Task>>,
-    /// The number of the one whose VMCS and registers the CPU holds.
-    owner: Option<u64>,
-    /// The number of the next one.
-    number: u64,
+    tasks: Vec<Task>,
+    /// Whose VMCS and registers the CPU holds, or [`NOBODY`].
+    owner: usize,
+    /// The places before all equals and behind them that were given out last.
+    front: u64,
+    back: u64,
     /// What is to be done when the time-stamp counter has come there.
     later: Vec<(u64, Job)>,
+    /// When the first of that is, or earlier.
+    due: u64,
 }
 
 /// A vCPU on its CPU.
 pub struct Task {
-    number: u64,
     vcpu: Vcpu,
     entry: Entry<Vcpu>,
-    registers: LiveState,
     living: Arc<Living>,
-    /// The higher goes first.
-    priority: u8,
+    rank: Rank,
+    /// When it has something to do if it has no mail: [`READY`] at once, or [`NEVER`].
+    wakes_at: u64,
+    /// When the slice that it has begun is over; [`NEVER`] where it has begun none.
+    slice_ends: u64,
     /// Ticks of a turn while equals are ready.
     slice: u64,
-    /// When the slice that it has begun is over.
-    slice_ends: Option<u64>,
-    state: State,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    Ready,
-    /// It has something to do when it has mail, or at this time, if any.
-    Waits(Option<u64>),
+const READY: u64 = 0;
+/// The number of no task.
+const NOBODY: usize = usize::MAX;
+
+/// Who goes first: the greatest of those that are ready. The priority is the highest byte, what is
+/// below is a place among equals.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank(u64);
+
+impl Rank {
+    /// Below all.
+    const NOBODY: Self = Self(0);
+    const PLACES: u32 = 56;
+    /// Before and behind it is room for the turns of all time.
+    const MIDDLE: u64 = 1 << (Self::PLACES - 1);
+
+    const fn new(priority: u8, place: u64) -> Self {
+        Self((priority as u64) << Self::PLACES | place)
+    }
+
+    const fn priority(self) -> u8 {
+        (self.0 >> Self::PLACES) as u8
+    }
 }
 
 impl Task {
     /// One that is ready.
-    pub fn new(vcpu: Vcpu, entry: Entry<Vcpu>, registers: LiveState, living: Arc<Living>) -> Self {
+    pub fn new(vcpu: Vcpu, entry: Entry<Vcpu>, living: Arc<Living>) -> Self {
         let config = living.config();
         let slice = time::tsc_hz() / 1_000_000 * u64::from(config.slice_us);
         Self {
-            number: 0,
             vcpu,
             entry,
-            registers,
-            priority: config.priority,
+            rank: Rank::new(config.priority, Rank::MIDDLE),
+            wakes_at: READY,
+            slice_ends: NEVER,
             slice: slice.max(1),
-            slice_ends: None,
-            state: State::Ready,
             living,
         }
     }
 
     fn is_ready(&self) -> bool {
-        self.state == State::Ready
+        self.wakes_at == READY
     }
 }
 
@@ -93,9 +108,11 @@ impl Scheduler {
         Self {
             processor,
             tasks: Vec::new(),
-            owner: None,
-            number: 0,
+            owner: NOBODY,
+            front: Rank::MIDDLE,
+            back: Rank::MIDDLE,
             later: Vec::new(),
+            due: NEVER,
         }
     }
 
@@ -116,7 +133,9 @@ impl Scheduler {
                 }
             }
             let now = cpu::rdtsc();
-            self.do_what_is_due(now);
+            if now >= self.due {
+                self.do_what_is_due(now);
+            }
             match self.first(now) {
                 Some(index) => self.turn(index, now),
                 None => self.idle(now),
@@ -127,49 +146,48 @@ impl Scheduler {
     /// Has `job` done when the time-stamp counter has come to `at`.
     pub fn do_later(&mut self, at: u64, job: Job) {
         self.later.push((at, job));
+        self.due = self.due.min(at);
     }
 
     /// Makes the CPU free for another VMCS, which is to be the current one.
     pub fn make_room(&mut self) {
-        if let Some(owner) = self.owner.take()
-            && let Some(task) = self.tasks.iter_mut().find(|task| task.number == owner)
-        {
-            task.registers.save();
+        let owner = mem::replace(&mut self.owner, NOBODY);
+        if let Some(task) = self.tasks.get_mut(owner) {
+            task.vcpu.leave_cpu();
         }
     }
 
     /// A vCPU that was made on this CPU after [`Scheduler::make_room`].
-    pub fn add(&mut self, mut task: Task) {
-        self.number += 1;
-        task.number = self.number;
-        self.tasks.push(Box::new(task));
+    pub fn add(&mut self, task: Task) {
+        self.tasks.push(task);
+        self.move_back(self.tasks.len() - 1);
     }
 
+    #[cold]
     fn do_what_is_due(&mut self, now: u64) {
         while let Some(index) = self.later.iter().position(|(at, _)| *at <= now) {
             let (_, job) = self.later.swap_remove(index);
             job(self);
         }
+        self.due = self.later.iter().map(|(at, _)| *at).min().unwrap_or(NEVER);
     }
 
     /// The first of the highest priority that is ready. Those that wait and have something to do
     /// become ready: nobody's turn it is meanwhile, as [`crate::vm::mailbox`] demands.
     fn first(&mut self, now: u64) -> Option<usize> {
-        let mut best = None;
-        let mut highest = None;
+        let mut first = 0;
+        let mut highest = Rank::NOBODY;
         for (index, task) in self.tasks.iter_mut().enumerate() {
-            if let State::Waits(until) = task.state {
-                if until.is_none_or(|until| until > now) && !task.vcpu.has_mail() {
-                    continue;
-                }
-                task.state = State::Ready;
+            if task.wakes_at > now && !task.vcpu.has_mail() {
+                continue;
             }
-            if highest.is_none_or(|highest| task.priority > highest) {
-                highest = Some(task.priority);
-                best = Some(index);
+            task.wakes_at = READY;
+            if task.rank > highest {
+                highest = task.rank;
+                first = index;
             }
         }
-        best
+        (highest != Rank::NOBODY).then_some(first)
     }
 
     fn turn(&mut self, index: usize, now: u64) {
@@ -184,10 +202,10 @@ impl Scheduler {
         place.set_current(None);
         match turn {
             Turn::Waits(until) => {
-                task.state = State::Waits(until);
-                task.slice_ends = None;
+                task.wakes_at = until.unwrap_or(NEVER).max(READY + 1);
+                task.slice_ends = NEVER;
             }
-            Turn::Yields if task.slice_ends.is_none_or(|end| end > cpu::rdtsc()) => {}
+            Turn::Yields if task.slice_ends > cpu::rdtsc() => {}
             Turn::Yields => self.move_back(index),
             Turn::Spins => self.let_siblings_go_first(index),
             Turn::Ends(end) => self.end(index, end),
@@ -196,99 +214,92 @@ impl Scheduler {
 
     /// Gives the CPU to a vCPU, if it has it not.
     fn switch_to(&mut self, index: usize) {
-        let Some(number) = self.tasks.get(index).map(|task| task.number) else {
-            return;
-        };
-        if self.owner == Some(number) {
+        if self.owner == index {
             return;
         }
-        let before = self.owner.replace(number);
-        let before = self
-            .tasks
-            .iter()
-            .position(|task| before == Some(task.number));
-        if let Some(before) = before.and_then(|before| self.tasks.get_mut(before)) {
-            before.registers.save();
-        }
-        let before = before.and_then(|before| self.tasks.get(before));
-        if let Some(task) = self.tasks.get(index) {
-            task.vcpu.make_current();
-            task.registers.load(before.map(|before| &before.registers));
+        let before = mem::replace(&mut self.owner, index);
+        if let Ok([task, before]) = self.tasks.get_disjoint_mut([index, before]) {
+            task.vcpu.take_cpu(Some(&mut before.vcpu));
+        } else if let Some(task) = self.tasks.get(index) {
+            task.vcpu.take_cpu(None);
         }
     }
 
     /// When the turn of the ready vCPU `index` ends at the latest: when something is due, its
     /// slice is over while an equal is ready, or one that is not below it wakes up.
-    fn end_of_turn(&mut self, index: usize, now: u64) -> Option<u64> {
-        let mut ends = self.later.iter().map(|(at, _)| *at).min();
-        let (before, rest) = self.tasks.split_at_mut(index);
-        let (task, behind) = rest.split_first_mut()?;
-        let mut equal = false;
-        for other in before.iter().chain(behind.iter()) {
-            if other.priority < task.priority {
+    fn end_of_turn(&mut self, index: usize, now: u64) -> u64 {
+        let Some(priority) = self.tasks.get(index).map(|task| task.rank.priority()) else {
+            return NEVER;
+        };
+        let mut ends = self.due;
+        let mut ready = 0;
+        for task in &self.tasks {
+            if task.rank.priority() < priority {
                 continue;
             }
-            match other.state {
-                State::Ready => equal = true,
-                State::Waits(Some(until)) => {
-                    ends = Some(ends.map_or(until, |ends| ends.min(until)));
-                }
-                State::Waits(None) => {}
+            if task.is_ready() {
+                ready += 1;
+            } else {
+                ends = ends.min(task.wakes_at);
             }
         }
-        if !equal {
-            task.slice_ends = None;
-            return ends;
+        let Some(task) = self.tasks.get_mut(index) else {
+            return NEVER;
+        };
+        if ready == 1 {
+            task.slice_ends = NEVER;
+        } else if task.slice_ends == NEVER {
+            task.slice_ends = now.saturating_add(task.slice);
         }
-        let slice_ends = task.slice_ends.unwrap_or(now + task.slice);
-        task.slice_ends = Some(slice_ends);
-        Some(ends.map_or(slice_ends, |ends| ends.min(slice_ends)))
+        ends.min(task.slice_ends)
     }
 
-    /// Behind all others.
+    /// Behind all equals.
     fn move_back(&mut self, index: usize) {
-        if let Some(rest) = self.tasks.get_mut(index..) {
-            rest.rotate_left(1);
-        }
-        if let Some(task) = self.tasks.last_mut() {
-            task.slice_ends = None;
+        self.back -= 1;
+        self.move_to(index, self.back);
+    }
+
+    fn move_to(&mut self, index: usize, place: u64) {
+        if let Some(task) = self.tasks.get_mut(index) {
+            task.rank = Rank::new(task.rank.priority(), place);
+            task.slice_ends = NEVER;
         }
     }
 
     /// A vCPU that spins waits for a lock, mostly, which a vCPU of its own guest holds.
     fn let_siblings_go_first(&mut self, index: usize) {
-        let Some(living) = self.tasks.get(index).map(|task| Arc::clone(&task.living)) else {
+        self.move_back(index);
+        let Some(spins) = self.tasks.get(index) else {
             return;
         };
-        self.move_back(index);
-        let others = self
-            .tasks
-            .split_last()
-            .map_or(&[][..], |(_, others)| others);
-        let sibling = others
-            .iter()
-            .position(|task| task.is_ready() && Arc::ptr_eq(&task.living, &living));
-        if let Some(first) = sibling.and_then(|sibling| self.tasks.get_mut(..=sibling)) {
-            first.rotate_right(1);
+        let sibling = (self.tasks.iter().enumerate())
+            .filter(|(_, task)| task.is_ready() && Arc::ptr_eq(&task.living, &spins.living))
+            .max_by_key(|(_, task)| task.rank);
+        if let Some((sibling, _)) = sibling
+            && sibling != index
+        {
+            self.front += 1;
+            self.move_to(sibling, self.front);
         }
     }
 
     fn end(&mut self, index: usize, end: End) {
-        let task = *self.tasks.remove(index);
-        if self.owner == Some(task.number) {
-            self.owner = None;
+        let task = self.tasks.swap_remove(index);
+        // The last has taken its place.
+        if self.owner == index {
+            self.owner = NOBODY;
+        } else if self.owner == self.tasks.len() {
+            self.owner = index;
         }
         guests::vcpu_ended(self, task.vcpu, task.living, end);
     }
 
     /// Nothing is to be done before the next moment, or an interrupt.
     fn idle(&mut self, now: u64) {
-        let waits = self.tasks.iter().filter_map(|task| match task.state {
-            State::Waits(until) => until,
-            State::Ready => None,
-        });
-        let due = self.later.iter().map(|(at, _)| *at);
-        if let Some(next) = waits.chain(due).min() {
+        let waits = self.tasks.iter().map(|task| task.wakes_at);
+        let next = waits.fold(self.due, u64::min);
+        if next != NEVER {
             time::arm(next.saturating_sub(now));
         }
         // Interrupts are off: news that comes from here on ends the halt.

@@ -5,7 +5,6 @@ use super::Vcpu;
 use super::cpuid;
 use super::events::Exception;
 use crate::addr::Gpa;
-use crate::arch::cpu;
 use crate::arch::registers::{GeneralRegisters, LightRegisters};
 use crate::vmx::capability::Capabilities;
 use crate::vmx::exit::ControlRegisterAccess;
@@ -294,9 +293,8 @@ impl Vcpu {
         if index != 0 || self.cpl() != 0 || !cpuid::xcr0_valid(value, &self.cpuid) {
             return Err(Exception::GeneralProtection);
         }
-        // SAFETY: `xcr0_valid` admits only what the CPU supports, and the hypervisor uses no
-        // state that XCR0 governs.
-        unsafe { cpu::set_xcr0(value) };
+        // `xcr0_valid` admits only what the CPU supports.
+        self.live.set_xcr0(value);
         self.cpuid.set_xcr0(value);
         self.skip_instruction();
         Ok(())

@@ -10,7 +10,7 @@ use super::{Attention, Vcpu};
 use crate::arch::registers::{GeneralRegisters, LightRegisters};
 use crate::devices::{Width, pc};
 use crate::vmx::apic::ApicPageAccess;
-use crate::vmx::entry::{LightTable, Verdict, WithAll, with_all};
+use crate::vmx::entry::{LightTable, Next, Verdict, WithAll, with_all};
 use crate::vmx::exit::{ControlRegisterAccess, EptViolation, InterruptionInfo, IoAccess};
 use crate::vmx::exit_reason::{REASONS, number};
 use crate::vmx::vmcs::information;
@@ -347,10 +347,8 @@ impl Vcpu {
             self.attention = Attention::empty();
             self.inject();
             self.correct_timer();
-        } else if self.attention.contains(Attention::LEAVE) {
+        } else if self.attention.contains(Attention::LEAVE) || self.look_around() == Next::Leave {
             return Verdict(self.attention.bits());
-        } else {
-            self.look_around();
         }
         Verdict::RESUME
     }

@@ -14,7 +14,7 @@ impl Vcpu {
     /// What others have for it.
     #[inline]
     pub fn mailbox(&self) -> &Mailbox {
-        self.vm.mailbox(self.id)
+        &self.mailbox
     }
 
     /// Shows the others by what messages name this vCPU's local APIC.
@@ -123,14 +123,16 @@ impl Vcpu {
     /// vCPU may want the CPU.
     #[inline]
     pub(super) fn look_at_mail(&mut self) {
-        let mail = self.mailbox().take(Events::LIGHT);
-        if !mail.is_empty() {
-            self.open(mail);
+        if self.mailbox().has_mail() {
+            let mail = self.mailbox().take(Events::LIGHT);
+            if !mail.is_empty() {
+                self.open(mail);
+            }
+            if self.mailbox().has_mail() {
+                return self.leave_for(Leave::Mail);
+            }
         }
-        let mailbox = self.mailbox();
-        if mailbox.has_mail() {
-            self.leave_for(Leave::Mail);
-        } else if mailbox.place().has_news() {
+        if self.mailbox().place().has_news() {
             self.leave_for(Leave::Turn);
         }
     }
@@ -139,17 +141,15 @@ impl Vcpu {
     fn open(&mut self, mail: Events) {
         if mail.intersects(Events::INTERRUPTS) {
             let apic = &mut self.apic;
-            self.vm
-                .mailbox(self.id)
-                .take_vectors(mail, |vector, level| {
-                    apic.accept(Message {
-                        mode: DeliveryMode::Fixed,
-                        destination: Destination::Itself,
-                        vector,
-                        trigger: if level { Trigger::Level } else { Trigger::Edge },
-                        assert: true,
-                    });
+            self.mailbox.take_vectors(mail, |vector, level| {
+                apic.accept(Message {
+                    mode: DeliveryMode::Fixed,
+                    destination: Destination::Itself,
+                    vector,
+                    trigger: if level { Trigger::Level } else { Trigger::Edge },
+                    assert: true,
                 });
+            });
         }
         self.pending.nmi |= mail.contains(Events::NMI);
         self.pending.extint |= mail.contains(Events::EXTINT);

@@ -39,7 +39,9 @@ use crate::addr::Gpa;
 use crate::devices::local_apic::LocalApic;
 use crate::devices::{Clock, Ticks};
 use crate::vm::machine::Vm;
+use crate::vm::mailbox::Mailbox;
 use crate::vmx::apic::ApicTier;
+use crate::vmx::live_state::LiveState;
 use crate::vmx::operation::Vmx;
 use crate::vmx::vmcs::Vmcs;
 use crate::vmx::vpid::Vpid;
@@ -73,8 +75,11 @@ pub struct Vcpu {
     /// COM1 may have output that has not been fetched.
     output_waits: bool,
     vm: Arc<Vm>,
+    /// Its own of the VM's.
+    mailbox: Arc<Mailbox>,
     vmx: Vmx,
     vmcs: Vmcs,
+    live: LiveState,
     vpid: Vpid,
     /// Read by the CPU while the guest runs.
     bitmaps: Box<state::Bitmaps>,
@@ -136,11 +141,6 @@ impl Vcpu {
         self.tier
     }
 
-    /// What XCR0 may hold; 0 where there is no XSAVE.
-    pub fn xcr0_supported(&self) -> u64 {
-        self.cpuid.xcr0_supported()
-    }
-
     /// The tag of its translations in the TLB.
     pub const fn vpid(&self) -> Vpid {
         self.vpid
@@ -151,9 +151,18 @@ impl Vcpu {
         self.mailbox().has_mail()
     }
 
-    /// Makes its VMCS the current one of its CPU, which it has been before.
-    pub fn make_current(&self) {
+    /// Gives it its CPU, whose VMCS and registers were those of `before`, or nobody's.
+    pub fn take_cpu(&self, before: Option<&mut Self>) {
         self.vmcs.make_current();
+        self.live.load(before.map(|before| {
+            before.live.save();
+            &before.live
+        }));
+    }
+
+    /// Takes its registers from its CPU, which is about to have another VMCS.
+    pub fn leave_cpu(&mut self) {
+        self.live.save();
     }
 
     /// Ends the guest at the next look.

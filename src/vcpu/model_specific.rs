@@ -49,6 +49,8 @@ impl Vcpu {
     fn read_held(&mut self, held: Held) -> Result<u64, Exception> {
         let now = self.now();
         Ok(match held {
+            // Its reads do not exit.
+            Held::Live(_) => return Err(Exception::GeneralProtection),
             Held::Efer => self.vmcs.read(guest::EFER),
             Held::Pat => self.vmcs.read(guest::PAT),
             Held::ApicBase => self.apic.base_msr(),
@@ -67,6 +69,11 @@ impl Vcpu {
     fn write_held(&mut self, held: Held, value: u64) -> Result<(), Exception> {
         let now = self.now();
         match held {
+            Held::Live(msr) => {
+                if !self.live.write(msr, value) {
+                    return Err(Exception::GeneralProtection);
+                }
+            }
             Held::Efer => self.write_efer(value)?,
             Held::Pat => self.vmcs.write(guest::PAT, value),
             Held::ApicBase => {

@@ -15,6 +15,7 @@ mod mtrr;
 mod tests;
 
 use super::cpuid::{self, CpuidTable};
+use crate::vmx::live_state;
 use core::ops::Range;
 use mtrr::Mtrrs;
 
@@ -68,6 +69,9 @@ use number::*;
 /// An MSR whose value the vCPU has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Held {
+    /// One of [`live_state::WRITTEN`], which reads without an exit. On a write: the CPU is left to
+    /// check the value.
+    Live(u32),
     /// IA32_EFER. On a write: LMA stays as it is, and changing LME with paging on is #GP.
     Efer,
     /// IA32_PAT; memory types were checked.
@@ -175,6 +179,13 @@ impl Msrs {
                 write: true,
             })
         };
+        let read = |msr| {
+            Some(Direct {
+                msr,
+                read: true,
+                write: false,
+            })
+        };
         let only_if = |present: bool, direct: Option<Direct>| direct.filter(|_| present);
         let command = |msr| {
             Some(Direct {
@@ -187,22 +198,18 @@ impl Msrs {
             options,
             direct: [
                 // Reading the counter adds the VM's offset in hardware; writing changes that offset.
-                Some(Direct {
-                    msr: TSC,
-                    read: true,
-                    write: false,
-                }),
+                read(TSC),
                 both(SYSENTER_CS),
                 both(SYSENTER_ESP),
                 both(SYSENTER_EIP),
-                both(STAR),
-                both(LSTAR),
-                both(CSTAR),
-                both(FMASK),
+                read(STAR),
+                read(LSTAR),
+                read(CSTAR),
+                read(FMASK),
                 both(FS_BASE),
                 both(GS_BASE),
                 both(KERNEL_GS_BASE),
-                only_if(table.has_rdtscp(), both(TSC_AUX)),
+                only_if(table.has_rdtscp(), read(TSC_AUX)),
                 only_if(table.has_spec_ctrl(), both(SPEC_CTRL)),
                 only_if(table.has_pred_cmd(), command(PRED_CMD)),
                 only_if(table.has_flush_cmd(), command(FLUSH_CMD)),
@@ -262,6 +269,9 @@ impl Msrs {
 
     /// WRMSR.
     pub fn write(&mut self, msr: u32, value: u64) -> Result<MsrWrite, GeneralProtection> {
+        if live_state::WRITTEN.contains(&msr) && self.direct().any(|direct| direct.msr == msr) {
+            return Ok(MsrWrite::Held(Held::Live(msr), value));
+        }
         if let Some(held) = held(msr) {
             let value = self.check_held(held, value).ok_or(GeneralProtection)?;
             return Ok(MsrWrite::Held(held, value));
@@ -307,7 +317,7 @@ impl Msrs {
                 return (value & !(DEBUGCTL_BTF | DEBUGCTL_LBR) == 0)
                     .then_some(value & DEBUGCTL_BTF);
             }
-            Held::Tsc | Held::TscAdjust | Held::TscDeadline => true,
+            Held::Tsc | Held::TscAdjust | Held::TscDeadline | Held::Live(_) => true,
             // 32-bit registers but for the interrupt command register (SDM 3, 12.12.1.2).
             Held::X2Apic(register) => register == 0x30 || value >> 32 == 0,
             Held::KvmWallClock => super::pvclock::wall_clock_address(value).is_ok(),

@@ -153,9 +153,13 @@ impl Vcpu {
     /// Runs the guest on the vCPU's CPU, at most until the host's time-stamp counter has come
     /// to `until`, or for `slice` ticks when it has had another one on this CPU wake up. The VMCS
     /// is current, and the guest's registers are in the hardware.
-    pub fn turn(&mut self, entry: &mut Entry<Self>, until: Option<u64>, slice: u64) -> Turn {
+    pub fn turn(&mut self, entry: &mut Entry<Self>, until: u64, slice: u64) -> Turn {
         self.slice = Ticks(slice);
-        self.turn_ends = until.map_or(NEVER, |until| Ticks(until.saturating_sub(self.vm.started)));
+        self.turn_ends = if until == u64::MAX {
+            NEVER
+        } else {
+            Ticks(until.saturating_sub(self.vm.started))
+        };
         self.hold_interrupts(true);
         let turn = self.run(entry);
         self.hold_interrupts(false);
@@ -193,6 +197,7 @@ impl Vcpu {
                 match self.look_for_reason_to_wake() {
                     Some(due) => {
                         woken = due;
+                        self.attend_to(Attention::EVENTS);
                         if self.activity == Activity::Suspended && !self.resume(entry) {
                             return self.failed(End::Reset);
                         }
@@ -256,14 +261,17 @@ impl Vcpu {
                 self.leave(Leave::Turn);
                 return Next::Leave;
             }
-            self.advance(now);
+            if self.next_deadline() <= now {
+                self.advance(now);
+                self.attend_to(Attention::EVENTS);
+            }
             self.set_timer(now);
         }
         // What devices have delivered is injected now too; what else has come meanwhile is for
         // the next exit.
         let delivered = self.attention & (Attention::EVENTS | Attention::DEVICES);
         self.attention -= delivered;
-        if !(attention | delivered).is_empty() {
+        if (attention | delivered).contains(Attention::EVENTS) {
             self.inject();
         }
         if !timed {

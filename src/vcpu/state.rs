@@ -27,6 +27,7 @@ use crate::vmx::controls::Missing;
 use crate::vmx::entry::Entry;
 use crate::vmx::ept::EptError;
 use crate::vmx::host_state;
+use crate::vmx::live_state::LiveState;
 use crate::vmx::operation::{self, Vmx, VmxError};
 use crate::vmx::vmcs::{Vmcs, control, guest};
 use crate::vmx::vpid::{InvalidationError, Invalidator, Vpid};
@@ -168,6 +169,8 @@ impl Vcpu {
         host_state::write(&mut vmcs, vmx.tables);
         let mut stack = Entry::new(&mut vmcs).map_err(SetupError::Stack)?;
 
+        let live =
+            LiveState::at_reset(table.xcr0_supported()).map_err(|_| SetupError::OutOfMemory)?;
         let mut bitmaps = Box::new(Bitmaps {
             msr: MsrBitmap::ALL,
             io: IoBitmap::ALL,
@@ -219,6 +222,8 @@ impl Vcpu {
             timer: EntryTimer::new(vm.clock),
             halt_lead: Lead::new(vm.clock),
             leave: None,
+            live,
+            mailbox: Arc::clone(vm.mailbox(id)),
             vm,
             vmx,
             vmcs,

@@ -6,8 +6,8 @@
 //! [`LIGHT_EXITS`] of them it is set again. A CPU that cannot save the timer gets it
 //! set at each exit, and one without it has the host's local APIC interrupt.
 
-use super::Vcpu;
 use super::lead::Lead;
+use super::{Leave, Vcpu};
 use crate::devices::{Clock, Ticks};
 use crate::host::time;
 use crate::vmx::vmcs::guest;
@@ -118,8 +118,8 @@ impl Vcpu {
     }
 
     /// The guest has exited for the deadline, perhaps a little before it: where all that is
-    /// due is the local APIC's timer, delivers that and waits for the rest; false where it
-    /// is not, and nothing done.
+    /// due is the local APIC's timer, delivers that and waits for the rest; where it is the end of
+    /// the turn, leaves; false where it is neither, and nothing done.
     #[inline]
     pub(super) fn deliver_timer(&mut self) -> bool {
         let due = self.timer.deadline;
@@ -128,7 +128,11 @@ impl Vcpu {
             && self.apic.expires_by(due)
             && self.timer.lead.has_come(due, now);
         if !expected {
-            return false;
+            if now < self.turn_ends {
+                return false;
+            }
+            self.leave_for(Leave::Turn);
+            return true;
         }
         self.apic.advance(due);
         self.inject();

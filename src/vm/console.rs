@@ -51,7 +51,7 @@ struct Rings {
     shown: bool,
     input: Ring<INPUT>,
     /// The mailboxes of the guest's vCPUs, the first of which is told of what moves.
-    vcpus: Option<Arc<[Mailbox]>>,
+    vcpus: Option<Arc<[Arc<Mailbox>]>>,
     /// Whoever types was asked to wait.
     held: bool,
 }
@@ -82,7 +82,7 @@ impl ConsolePort {
 
     /// The first of these vCPUs is told from now on when there is input or room for output,
     /// and looks next; nobody is where there are none.
-    pub fn attach(&self, vcpus: Option<Arc<[Mailbox]>>) {
+    pub fn attach(&self, vcpus: Option<Arc<[Arc<Mailbox>]>>) {
         let mut rings = self.rings.lock();
         rings.vcpus = vcpus;
         rings.tell();
@@ -218,16 +218,16 @@ mod tests {
     use std::time::{Duration, Instant};
 
     /// A console and the vCPU that it belongs to.
-    fn attached() -> (ConsolePort, Arc<[Mailbox]>) {
+    fn attached() -> (ConsolePort, Arc<[Arc<Mailbox>]>) {
         let place = Box::leak(Box::new(Place::new(0, 0)));
-        let vcpus: Arc<[Mailbox]> = [Mailbox::new(place, 0)].into();
+        let vcpus: Arc<[Arc<Mailbox>]> = [Arc::new(Mailbox::new(place, 0))].into();
         let port = ConsolePort::new();
         port.attach(Some(Arc::clone(&vcpus)));
         assert!(has_moved(&vcpus));
         (port, vcpus)
     }
 
-    fn has_moved(vcpus: &[Mailbox]) -> bool {
+    fn has_moved(vcpus: &[Arc<Mailbox>]) -> bool {
         !vcpus[0].take(Events::CONSOLE).is_empty()
     }
 

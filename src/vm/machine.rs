@@ -29,7 +29,7 @@ use vireo_handoff::config::{self, ApicMode};
 /// One guest.
 pub struct Vm {
     pub name: String,
-    mailboxes: Arc<[Mailbox]>,
+    mailboxes: Arc<[Arc<Mailbox>]>,
     pub stillness: Stillness,
     /// Who is to be the vCPUs' local APIC.
     pub apic: ApicMode,
@@ -143,7 +143,7 @@ impl Vm {
                 .places
                 .iter()
                 .zip(0..)
-                .map(|(place, id)| Mailbox::new(place, id))
+                .map(|(place, id)| Arc::new(Mailbox::new(place, id)))
                 .collect(),
             stillness: Stillness::default(),
             apic: config.apic,
@@ -177,13 +177,13 @@ impl Vm {
     }
 
     /// The mailboxes of the vCPUs, by their numbers.
-    pub fn mailboxes(&self) -> Arc<[Mailbox]> {
+    pub fn mailboxes(&self) -> Arc<[Arc<Mailbox>]> {
         Arc::clone(&self.mailboxes)
     }
 
     /// The mailbox of the vCPU `id`.
     #[inline]
-    pub fn mailbox(&self, id: u32) -> &Mailbox {
+    pub fn mailbox(&self, id: u32) -> &Arc<Mailbox> {
         &self.mailboxes[id as usize]
     }
 
@@ -200,7 +200,7 @@ impl Vm {
 
     /// A vCPU has become deaf: whether none of them will ever go on.
     pub fn is_still(&self) -> bool {
-        let has_mail = || self.mailboxes.iter().any(Mailbox::has_mail);
+        let has_mail = || self.mailboxes.iter().any(|mailbox| mailbox.has_mail());
         self.stillness.add(self.vcpus(), has_mail) && !self.chipset.lock().sends_unmaskable()
     }
 

@@ -19,6 +19,7 @@ use crate::devices::local_apic::Address;
 use crate::host::local_apic::{self, Command, Target};
 use crate::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use crate::sync::one_order;
+use alloc::sync::Arc;
 use bitflags::bitflags;
 use core::ptr;
 
@@ -186,7 +187,7 @@ impl Mailbox {
     }
 
     /// Has all these vCPUs look at `events`.
-    pub fn post_to_all(mailboxes: &[Self], events: Events) {
+    pub fn post_to_all(mailboxes: &[Arc<Self>], events: Events) {
         for mailbox in mailboxes {
             mailbox.post(events);
         }

@@ -8,17 +8,18 @@ use alloc::collections::TryReserveError;
 use alloc::vec::Vec;
 use core::arch::asm;
 
-/// IA32_STAR, IA32_LSTAR, IA32_CSTAR, IA32_FMASK, IA32_KERNEL_GS_BASE, IA32_TSC_AUX,
-/// IA32_SPEC_CTRL: 0 after power-on (SDM 3, table 11-1).
-pub const MSRS: [u32; 7] = [
+/// IA32_STAR, IA32_LSTAR, IA32_CSTAR, IA32_FMASK, IA32_TSC_AUX: 0 after power-on (SDM 3, table
+/// 11-1). An operating system writes them once, and so each write exits and is kept here: nobody
+/// reads them when another vCPU comes.
+pub const WRITTEN: [u32; 5] = [
     0xc000_0081,
     0xc000_0082,
     0xc000_0083,
     0xc000_0084,
-    0xc000_0102,
     0xc000_0103,
-    0x48,
 ];
+/// IA32_KERNEL_GS_BASE, IA32_SPEC_CTRL: the same, but they change often, without an exit.
+pub const FREE: [u32; 2] = [0xc000_0102, 0x48];
 
 const DR6_RESET: u64 = 0xffff_0ff0;
 const DR7_RESET: u64 = 0x400;
@@ -37,13 +38,17 @@ struct Line([u8; 64]);
 
 /// What these registers hold, of a vCPU that does not have the CPU.
 pub struct LiveState {
-    /// Those that the CPU has, a bit for each.
-    present: u8,
-    msrs: [u64; MSRS.len()],
+    /// [`WRITTEN`] as they are now; 0 where the CPU has none.
+    written: [u64; WRITTEN.len()],
+    /// [`FREE`] as they were when another vCPU came.
+    free: [u64; FREE.len()],
+    /// Those of [`FREE`] that the CPU has.
+    present: [bool; FREE.len()],
     cr2: u64,
     /// DR0 to DR3.
     breakpoints: [u64; 4],
     dr6: u64,
+    /// As it is now; 0 where the CPU has no XSAVE.
     xcr0: u64,
     /// What XCR0 may hold; 0 where the CPU has no XSAVE.
     supported: u64,
@@ -74,25 +79,46 @@ impl LiveState {
             [first[24], first[25], first[26], first[27]] = [a, b, c, d];
         }
         Ok(Self {
-            present: (0..MSRS.len()).fold(0, |present, index| {
-                present | u8::from(msr::try_read(MSRS[index]).is_some()) << index
-            }),
-            msrs: [0; MSRS.len()],
+            written: [0; WRITTEN.len()],
+            free: [0; FREE.len()],
+            present: FREE.map(|number| msr::try_read(number).is_some()),
             cr2: 0,
             breakpoints: [0; 4],
             dr6: DR6_RESET,
-            xcr0: XCR0_RESET,
+            xcr0: if supported == 0 { 0 } else { XCR0_RESET },
             supported,
             vectors,
         })
     }
 
+    /// Writes one of [`WRITTEN`] for the vCPU that has the CPU; false where that would fault.
+    pub fn write(&mut self, number: u32, value: u64) -> bool {
+        let index = WRITTEN.iter().position(|known| *known == number);
+        let Some(place) = index.and_then(|index| self.written.get_mut(index)) else {
+            return false;
+        };
+        // SAFETY: nothing of the hypervisor uses these.
+        let taken = unsafe { msr::try_write(number, value) };
+        if taken {
+            *place = value;
+        }
+        taken
+    }
+
+    /// Writes XCR0 for the vCPU that has the CPU, with a value that this may hold.
+    pub fn set_xcr0(&mut self, value: u64) {
+        // SAFETY: the caller has checked the value, and the hypervisor uses no state that XCR0
+        // governs.
+        unsafe { cpu::set_xcr0(value) };
+        self.xcr0 = value;
+    }
+
     /// Takes what the hardware holds.
     pub fn save(&mut self) {
-        for (index, number) in MSRS.into_iter().enumerate() {
-            if self.present & 1 << index != 0 {
+        for (index, number) in FREE.into_iter().enumerate() {
+            if self.present[index] {
                 // SAFETY: it was there when this was made.
-                self.msrs[index] = unsafe { msr::read(number) };
+                self.free[index] = unsafe { msr::read(number) };
             }
         }
         self.cr2 = cpu::cr2();
@@ -108,34 +134,33 @@ impl LiveState {
                 options(nomem, nostack, preserves_flags)
             );
         }
-        if self.supported != 0 {
-            // SAFETY: where XCR0 may hold something there is XSAVE.
-            self.xcr0 = unsafe { cpu::xcr0() };
-            self.with_all_of_xcr0(self.xcr0);
-        }
+        self.with_all_of_xcr0(self.xcr0);
         save_vectors(&mut self.vectors, self.supported);
     }
 
     /// Gives it to the hardware, which holds what `before` took from it; anything where
     /// there is none.
     pub fn load(&self, before: Option<&Self>) {
-        let known = before.map_or(&self.msrs, |before| &before.msrs);
-        for (index, number) in MSRS.into_iter().enumerate() {
-            let value = self.msrs[index];
-            let differs = before.is_none() || known[index] != value;
-            if differs && self.present & 1 << index != 0 {
+        let differs = |own: u64, before: Option<u64>| before != Some(own);
+        for (index, number) in WRITTEN.into_iter().enumerate() {
+            let value = self.written[index];
+            if differs(value, before.map(|before| before.written[index])) {
+                // SAFETY: nothing of the hypervisor uses it. The CPU has taken the value before, or
+                // lacks the MSR.
+                let _ = unsafe { msr::try_write(number, value) };
+            }
+        }
+        for (index, number) in FREE.into_iter().enumerate() {
+            let value = self.free[index];
+            if differs(value, before.map(|before| before.free[index])) && self.present[index] {
                 // SAFETY: it is there, nothing of the hypervisor uses it, and the value was the
                 // guest's.
                 unsafe { msr::write(number, value) };
             }
         }
         cpu::set_cr2(self.cr2);
-        let same = |before: &Self| before.breakpoints == self.breakpoints && before.dr6 == self.dr6;
-        if !before.is_some_and(same) {
+        if !before.is_some_and(|before| self.has_debug_registers_of(before)) {
             self.load_debug_registers();
-        }
-        if self.supported == 0 {
-            return load_vectors(&self.vectors, 0);
         }
         self.with_all_of_xcr0(before.map_or(0, |_| self.supported));
         load_vectors(&self.vectors, self.supported);
@@ -152,6 +177,13 @@ impl LiveState {
             // SAFETY: the CPU takes it, and the hypervisor uses nothing that it governs.
             unsafe { cpu::set_xcr0(self.supported) };
         }
+    }
+
+    fn has_debug_registers_of(&self, other: &Self) -> bool {
+        // Arrays are compared byte by byte where there are no vectors.
+        let breakpoints = self.breakpoints.iter().zip(&other.breakpoints);
+        let differs = breakpoints.fold(self.dr6 ^ other.dr6, |differs, (a, b)| differs | a ^ b);
+        differs == 0
     }
 
     fn load_debug_registers(&self) {

@@ -1,5 +1,6 @@
 use super::*;
 use crate::vcpu::cpuid::{Options as CpuidOptions, Registers};
+use crate::vmx::live_state;
 use proptest::prelude::*;
 
 /// A CPU with 40 address bits and everything else.
@@ -238,11 +239,25 @@ proptest! {
 }
 
 #[test]
+fn writes_of_what_stays_in_hardware_are_seen() {
+    let mut msrs = msrs();
+    for msr in live_state::WRITTEN {
+        assert_eq!(
+            msrs.write(msr, 5),
+            Ok(MsrWrite::Held(Held::Live(msr), 5)),
+            "{msr:#x}"
+        );
+        let direct = msrs.direct().find(|direct| direct.msr == msr).unwrap();
+        assert!(direct.read && !direct.write, "{msr:#x}");
+    }
+}
+
+#[test]
 fn the_state_of_every_direct_msr_is_the_guests_own() {
     // VM entries and exits switch these.
     let switched = [SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP, FS_BASE, GS_BASE];
     for direct in msrs().direct().filter(|direct| direct.read && direct.write) {
-        let is_reset = crate::vmx::live_state::MSRS.contains(&direct.msr);
+        let is_reset = live_state::FREE.contains(&direct.msr);
         assert!(
             is_reset || switched.contains(&direct.msr),
             "{:#x}",
