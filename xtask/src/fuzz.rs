@@ -16,9 +16,11 @@ use nix::unistd::Pid;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Write as _};
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// How many guests there are, one after the other: what they do may also be to power off.
@@ -29,6 +31,11 @@ const TOLD: Duration = Duration::from_secs(30);
 const START: u64 = 300;
 /// The least rounds in a second, on a machine that does other things too.
 const SLOWEST: u64 = 50;
+
+/// How long a guest may say nothing before it is reset, and then the hypervisor.
+const SILENCE: Duration = Duration::from_secs(60);
+/// How long the operator's commands may take.
+const COMMAND: Duration = Duration::from_secs(3);
 
 /// How guests may end that do everything: what the hypervisor says of it begins so. All else is
 /// its own mistake.
@@ -79,6 +86,10 @@ struct Tally {
     seeds: u64,
     seed: Option<u64>,
     first: u64,
+    /// The guest that runs.
+    vm: Option<String>,
+    /// How often it had to be reset, as code that loops with interrupts off has it.
+    resets: u64,
     /// How often each harmless end came, by the beginning of its sentence.
     ends: BTreeMap<&'static str, u64>,
     /// What must not be.
@@ -92,7 +103,13 @@ impl Tally {
 
     /// Takes a line of the console.
     fn take(&mut self, line: &str) {
-        let number = |name: &str| line.strip_prefix(name)?.trim_end().parse().ok();
+        if let Some((_, text)) = line.split_once("vireo: vm ")
+            && let Some((name, _)) = text.split_once(": started")
+        {
+            self.vm = Some(name.to_owned());
+        }
+        // Escape sequences of the terminal may come before.
+        let number = |name: &str| line.split_once(name)?.1.trim_end().parse().ok();
         if let Some(seed) = number("fuzz: seed ") {
             self.before = self.total();
             (self.rounds, self.first) = (0, u64::MAX);
@@ -131,6 +148,9 @@ impl Tally {
         );
         for (end, count) in &self.ends {
             let _ = write!(text, "; {count} times: {}", end.trim_end());
+        }
+        if self.resets > 0 {
+            let _ = write!(text, "; {} times reset for its silence", self.resets);
         }
         text
     }
@@ -187,34 +207,26 @@ fn attend(options: &Options, folder: &Path) -> Result<u8> {
         None => options.seeds.saturating_mul(options.rounds),
     };
     let limit = START + options.seeds.saturating_mul(options.rounds) / SLOWEST;
-    let platform = options.platform.to_possible_value();
-    let mut command = bound_command(&std::env::current_exe()?);
-    command
-        .args(["run", "--timeout", &limit.to_string(), "--config"])
-        .arg(folder.join("vireo.toml"))
-        .arg("--folder")
-        .arg(folder.join("machine"));
-    if let Some(platform) = &platform {
-        command.args(["--platform", platform.get_name()]);
-    }
-    if let Some(model) = &options.cpu {
-        command.args(["--cpu", model]);
-    }
-    let errors = folder.join("stderr");
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(fs::File::create(&errors)?)
-        .spawn()
-        .context("cannot start xtask")?;
-    let Some(output) = child.stdout.take() else {
-        bail!("xtask has no output");
-    };
+    let mut machine = Session::start(options, folder, limit)?;
     let mut tally = Tally::default();
     let (start, mut told) = (Instant::now(), Instant::now());
-    for line in BufReader::new(output).split(b'\n') {
-        let line = line.context("cannot read what the machine says")?;
-        let line = String::from_utf8_lossy(&line);
+    let mut silent = false;
+    loop {
+        let line = match machine.lines.recv_timeout(SILENCE) {
+            Ok(line) => line,
+            Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) if silent => {
+                tally.failure = Some("the hypervisor does not answer".into());
+                break;
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                silent = true;
+                tally.resets += 1;
+                machine.reset(tally.vm.as_deref().unwrap_or_default())?;
+                continue;
+            }
+        };
+        silent &= !line.contains("fuzz: ") && !line.contains(PREFIX);
         tally.take(&line);
         if options.seed.is_some() {
             println!("{}", line.trim_end());
@@ -228,11 +240,10 @@ fn attend(options: &Options, folder: &Path) -> Result<u8> {
             .is_some_and(|text| text.contains("panicked"));
         // What a panic says comes behind it.
         if tally.total() >= wanted || tally.failure.is_some() && !is_panic {
-            kill(Pid::from_raw(child.id().try_into()?), Signal::SIGTERM)?;
             break;
         }
     }
-    child.wait()?;
+    machine.end()?;
     println!("fuzz: {}", tally.summary(start.elapsed()));
     let unfinished = || {
         let folder = folder.display();
@@ -249,6 +260,74 @@ fn attend(options: &Options, folder: &Path) -> Result<u8> {
         )
     });
     bail!("{failure}{seed}")
+}
+
+/// `cargo xtask run` on a terminal of its own, on which the operator's commands are typed.
+struct Session {
+    child: Child,
+    keys: ChildStdin,
+    lines: Receiver<String>,
+}
+
+impl Session {
+    fn start(options: &Options, folder: &Path, limit: u64) -> Result<Self> {
+        let quoted = |path: &Path| format!("'{}'", path.display());
+        let mut line = format!(
+            "{} run --timeout {limit} --config {} --folder {}",
+            quoted(&std::env::current_exe()?),
+            quoted(&folder.join("vireo.toml")),
+            quoted(&folder.join("machine"))
+        );
+        if let Some(platform) = options.platform.to_possible_value() {
+            write!(line, " --platform {}", platform.get_name())?;
+        }
+        if let Some(model) = &options.cpu {
+            write!(line, " --cpu '{model}'")?;
+        }
+        let mut child = bound_command(Path::new("script"))
+            .args(["-qefc", &line, "/dev/null"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot start xtask")?;
+        let (Some(keys), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
+            bail!("xtask has no output");
+        };
+        Ok(Self {
+            child,
+            keys,
+            lines: lines(output),
+        })
+    }
+
+    /// Has the operator reset the guest, and show its console again.
+    fn reset(&mut self, vm: &str) -> io::Result<()> {
+        for typed in ["\x14p", &format!("vm {vm} reset\r"), "\x14n"] {
+            self.keys.write_all(typed.as_bytes())?;
+            thread::sleep(COMMAND);
+        }
+        Ok(())
+    }
+
+    fn end(&mut self) -> Result<()> {
+        let _ = kill(Pid::from_raw(self.child.id().try_into()?), Signal::SIGTERM);
+        self.child.wait()?;
+        Ok(())
+    }
+}
+
+/// The lines of an output, as they come.
+fn lines(output: ChildStdout) -> Receiver<String> {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
+            let line = String::from_utf8_lossy(&line).into_owned();
+            if sender.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
 }
 
 #[cfg(test)]
