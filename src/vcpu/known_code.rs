@@ -8,15 +8,16 @@
 //! that it has become wrong. Only what CR0, CR4 and EFER say is not compared: who changes
 //! how a walk goes, or what CS.L means, has all forgotten.
 
-use super::emulate::{Decoded, Move};
+use super::emulate::{Arithmetic, Decoded, Move};
 use super::walk::{self, Access, Operation, Paging, PhysicalRead};
 use crate::addr::{Gpa, Gva, PAGE_SIZE};
 use crate::vm::memory::{GuestMemory, Sighting};
 use arrayvec::ArrayVec;
 use core::cell::RefCell;
 
-/// Plain moves and other instructions that are kept, powers of two.
+/// Plain moves, arithmetic, and all other instructions that are kept, powers of two.
 const MOVES: usize = 64;
+const ARITHMETIC: usize = 32;
 const OTHERS: usize = 32;
 /// Entries that a walk reads at the most.
 const ENTRIES: usize = 4;
@@ -92,6 +93,7 @@ impl<T: Copy, const PLACES: usize> Places<T, PLACES> {
 #[derive(Clone, Debug)]
 pub(super) struct KnownCode {
     moves: Places<Move, MOVES>,
+    arithmetic: Places<Arithmetic, ARITHMETIC>,
     others: Places<Decoded, OTHERS>,
 }
 
@@ -99,6 +101,7 @@ impl Default for KnownCode {
     fn default() -> Self {
         Self {
             moves: Places::EMPTY,
+            arithmetic: Places::EMPTY,
             others: Places::EMPTY,
         }
     }
@@ -108,6 +111,7 @@ impl KnownCode {
     /// Forgets all: what CS.L means has changed, or how a walk goes.
     pub(super) fn clear(&mut self) {
         self.moves = Places::EMPTY;
+        self.arithmetic = Places::EMPTY;
         self.others = Places::EMPTY;
     }
 
@@ -117,7 +121,16 @@ impl KnownCode {
         self.moves.find(memory, context)
     }
 
-    /// The instruction that the guest executes in `context`, if it is known.
+    /// The arithmetic that the guest executes in `context`, if it is known.
+    pub(super) fn find_arithmetic(
+        &self,
+        memory: &GuestMemory,
+        context: Context,
+    ) -> Option<&Arithmetic> {
+        self.arithmetic.find(memory, context)
+    }
+
+    /// The instruction that the guest executes in `context`, if it is known and no plain move.
     pub(super) fn find(&self, memory: &GuestMemory, context: Context) -> Option<&Decoded> {
         self.others.find(memory, context)
     }
@@ -172,7 +185,12 @@ impl KnownCode {
         }
         match decoded.plain_move() {
             Some(plan) => self.moves.keep(context, seen, plan),
-            None => self.others.keep(context, seen, *decoded),
+            None => {
+                if let Some(plan) = decoded.arithmetic() {
+                    self.arithmetic.keep(context, seen, plan);
+                }
+                self.others.keep(context, seen, *decoded);
+            }
         }
     }
 }

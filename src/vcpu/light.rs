@@ -261,7 +261,11 @@ impl WithAll<Vcpu> for EptViolations {
             return Verdict::HEAVY;
         }
         let Some(plan) = vcpu.known_move(registers) else {
-            return Verdict::HEAVY;
+            return if vcpu.known_arithmetic(gpa, registers) {
+                vcpu.verdict()
+            } else {
+                Verdict::HEAVY
+            };
         };
         let (width, length) = (plan.width, plan.length);
         if plan.store {

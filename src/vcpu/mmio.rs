@@ -88,6 +88,37 @@ impl Vcpu {
         self.vmcs.read_basic(guest::CS_BASE).wrapping_add(rip) & 0xffff_ffff
     }
 
+    /// Does the arithmetic on the device at `gpa` that the guest executes, where it is known;
+    /// false where it is not, and nothing is done.
+    #[inline(never)]
+    pub(super) fn known_arithmetic(&mut self, gpa: Gpa, registers: &mut GeneralRegisters) -> bool {
+        let known = self
+            .known
+            .find_arithmetic(&self.vm.memory, self.context())
+            .copied();
+        let Some(plan) = known else {
+            return false;
+        };
+        // A page that the guest may not write is not written.
+        let is_read = || !EptViolation::is_write(&self.vmcs);
+        if !plan.is_aligned(registers) || plan.stores() && is_read() {
+            return false;
+        }
+        let rflags = self.vmcs.read_basic(guest::RFLAGS);
+        let value = self.device_read(gpa, plan.width);
+        let computed = plan.compute(registers, value, rflags);
+        if let Some(value) = computed.stored {
+            self.device_write(gpa, plan.width, value);
+        }
+        let new = computed.rflags & !RFLAGS_RF;
+        if new != rflags {
+            self.vmcs.write(guest::RFLAGS, new);
+        }
+        self.step_over(plan.length.into());
+        self.trap_single_step_of(rflags);
+        true
+    }
+
     /// Ends an instruction of `length` bytes whose access has exited.
     #[inline(always)]
     pub(super) fn complete_access(&mut self, length: u8) {

@@ -232,6 +232,14 @@ pub struct EptViolation {
 }
 
 impl EptViolation {
+    const WRITE: u64 = 1 << 1;
+
+    /// Whether the exit that just happened is of a write.
+    #[inline(always)]
+    pub fn is_write(vmcs: &Vmcs) -> bool {
+        vmcs.read_basic(information::EXIT_QUALIFICATION) & Self::WRITE != 0
+    }
+
     /// The exit that just happened.
     #[inline(always)]
     pub fn decode(vmcs: &Vmcs) -> Self {
@@ -239,7 +247,7 @@ impl EptViolation {
         let qualification = vmcs.read_basic(information::EXIT_QUALIFICATION);
         Self {
             gpa: Gpa(vmcs.read_basic(information::GUEST_PHYSICAL_ADDRESS)),
-            write: qualification & 1 << 1 != 0,
+            write: qualification & Self::WRITE != 0,
             execute: qualification & 1 << 2 != 0,
             final_access: qualification & LINEAR_AND_FINAL == LINEAR_AND_FINAL,
             unblocked_nmis: qualification & 1 << 12 != 0,

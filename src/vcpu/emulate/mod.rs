@@ -10,7 +10,7 @@
 //! Covered are the integer instructions that have a memory operand, on the stack too, and
 //! the moves of MMX, SSE and AVX. x87, vector arithmetic, EVEX, and what switches the
 //! privilege level are not. Nearly all accesses to devices are plain moves, which have a
-//! form of their own ([`Move`]).
+//! form of their own ([`Move`]), or [`Arithmetic`].
 //!
 //! | module | what it has |
 //! | --- | --- |
@@ -20,6 +20,7 @@
 //! | [`stack`], [`string`], [`system`], [`vector`] | the others |
 
 mod alu;
+mod arithmetic;
 mod bits;
 mod integer;
 mod moves;
@@ -37,6 +38,7 @@ mod tests;
 use super::fault::Exception;
 use super::segmentation::{Addressing, DescriptorTables, Segment, SegmentRegister, TableRegister};
 use crate::arch::registers::GeneralRegisters;
+pub use arithmetic::Arithmetic;
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
 pub use moves::Move;
 
@@ -209,6 +211,11 @@ impl Decoded {
     /// The plain move that it is, if it is one.
     pub fn plain_move(&self) -> Option<Move> {
         Move::of(&self.instruction)
+    }
+
+    /// The arithmetic on a device that it is, if it is that.
+    pub fn arithmetic(&self) -> Option<Arithmetic> {
+        Arithmetic::of(&self.instruction)
     }
 
     /// Whether it was decoded for this address.

@@ -31,7 +31,7 @@ pub struct Move {
 
 /// The register on which it depends whether the operand of `width` is aligned, and its
 /// bits that must be 0; `None` where it depends on more.
-fn alignment(instruction: &Instruction, width: Width) -> Option<(u8, u64)> {
+pub(super) fn alignment(instruction: &Instruction, width: Width) -> Option<(u8, u64)> {
     let mask = width.bytes() - 1;
     if matches!(instruction.segment_prefix(), Register::FS | Register::GS)
         || instruction.memory_displacement64() & mask != 0

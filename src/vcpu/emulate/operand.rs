@@ -1,6 +1,7 @@
 //! Operands: where values come from and go to.
 
 use super::{EmulateError, Intent, Machine, Mode, Result, Step};
+use crate::arch::registers::GeneralRegisters;
 use crate::devices::Width;
 use crate::vcpu::fault::Exception;
 use crate::vcpu::segmentation::{Addressing, Segment, SegmentRegister, is_canonical};
@@ -52,6 +53,25 @@ impl Gpr {
         } else {
             None
         }
+    }
+
+    pub fn get(self, registers: &GeneralRegisters) -> u64 {
+        let value = registers.get(self.index);
+        (if self.high { value >> 8 } else { value }) & self.width.mask()
+    }
+
+    /// A 32-bit register's upper half becomes 0; narrower ones leave the rest of the
+    /// register alone (SDM 1, 3.4.1.1).
+    pub fn set(self, registers: &mut GeneralRegisters, value: u64) {
+        let old = registers.get(self.index);
+        let new = match self.width {
+            Width::Qword => value,
+            Width::Dword => value & Width::Dword.mask(),
+            Width::Word => old & !0xffff | value & 0xffff,
+            Width::Byte if self.high => old & !0xff00 | (value & 0xff) << 8,
+            Width::Byte => old & !0xff | value & 0xff,
+        };
+        registers.set(self.index, new);
     }
 }
 
@@ -110,22 +130,11 @@ pub(super) fn sign_extend(value: u64, width: Width) -> u64 {
 
 impl<M: Machine> Step<'_, '_, M> {
     pub(super) fn get(&self, gpr: Gpr) -> u64 {
-        let value = self.registers.general.get(gpr.index);
-        (if gpr.high { value >> 8 } else { value }) & gpr.width.mask()
+        gpr.get(self.registers.general)
     }
 
-    /// A 32-bit register's upper half becomes 0; narrower ones leave the rest of the
-    /// register alone (SDM 1, 3.4.1.1).
     pub(super) fn set(&mut self, gpr: Gpr, value: u64) {
-        let old = self.registers.general.get(gpr.index);
-        let new = match gpr.width {
-            Width::Qword => value,
-            Width::Dword => value & Width::Dword.mask(),
-            Width::Word => old & !0xffff | value & 0xffff,
-            Width::Byte if gpr.high => old & !0xff00 | (value & 0xff) << 8,
-            Width::Byte => old & !0xff | value & 0xff,
-        };
-        self.registers.general.set(gpr.index, new);
+        gpr.set(self.registers.general, value);
     }
 
     /// A register of the instruction as an address has it.

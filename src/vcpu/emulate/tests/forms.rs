@@ -610,3 +610,73 @@ fn plain_moves_do_the_same() {
     }
     assert!(plain > 1000 && aligned > plain / 4, "{plain} {aligned}");
 }
+
+/// Arithmetic that is worked out in advance does what the instruction does.
+#[test]
+fn arithmetic_is_what_the_instruction_does() {
+    let mut random = crate::fuzz::Random(11);
+    let (mut known, mut aligned, mut stored) = (0, 0, 0);
+    for _ in 0..60_000 {
+        let prefixes: &[&[u8]] = &[&[], &[0x66], &[0x48], &[0x67], &[0x45], &[0xf0]];
+        let prefix = random.pick(prefixes);
+        // ADD to CMP in four forms, with immediates, TEST in three forms, and two others.
+        let opcode = match random.below(4) {
+            0 => (random.below(8) << 3 | random.below(4)) as u8,
+            1 => random.pick(&[0x80, 0x81, 0x83]),
+            2 => random.pick(&[0x84, 0x85, 0xf6, 0xf7]),
+            _ => random.pick(&[0x86, 0xfe]),
+        };
+        let mut code = [prefix, &[opcode]].concat();
+        code.extend((0..15).map(|_| random.next() as u8));
+        code.truncate(15);
+        let mode = random.pick(&[Bits16, Bits32, Bits64]);
+        let Ok(decoded) = Decoded::new(&code, mode, RIP) else {
+            continue;
+        };
+        let Some(plan) = decoded.arithmetic() else {
+            continue;
+        };
+        assert!(!decoded.is_locked());
+        let mut ram = Ram::new(0x400, mode);
+        ram.base = 0;
+        ram.memory.fill_with(|| random.next() as u8);
+        let memory = ram.memory.clone();
+        let mut general = GeneralRegisters::default();
+        (0..16).for_each(|index| general.set(index, random.below(0x100)));
+        let before = general;
+        let rflags = FLAGS | random.next() & 0x8d5;
+        let mut registers = Registers {
+            general: &mut general,
+            rip: RIP,
+            rflags,
+        };
+        if decoded.emulate(&mut registers, &mut ram, 1).is_err() {
+            continue;
+        }
+        let after = registers.rflags;
+        assert_eq!(registers.rip, RIP + u64::from(plan.length));
+        let &(_, at, bytes) = ram.log.first().unwrap();
+        assert_eq!(bytes as u64, plan.width.bytes());
+        if plan.is_aligned(&before) {
+            assert_eq!(at & (bytes as u64 - 1), 0, "{code:x?}");
+            aligned += 1;
+        }
+        let mut value = [0; 8];
+        value[..bytes].copy_from_slice(&memory[at as usize..][..bytes]);
+        let mut expected = before;
+        let computed = plan.compute(&mut expected, u64::from_le_bytes(value), rflags);
+        assert_eq!(general, expected, "{code:x?}");
+        assert_eq!(computed.rflags, after, "{code:x?}");
+        assert_eq!(computed.stored.is_some(), plan.stores());
+        assert_eq!(ram.log.len(), 1 + usize::from(plan.stores()), "{code:x?}");
+        if let Some(value) = computed.stored {
+            assert_eq!(ram.at(at, bytes), value, "{code:x?}");
+            stored += 1;
+        }
+        known += 1;
+    }
+    assert!(
+        known > 1000 && aligned > known / 8 && stored > known / 8,
+        "{known} {aligned} {stored}"
+    );
+}

@@ -1,0 +1,113 @@
+//! Arithmetic on a register or an immediate and a device: what accesses to devices are that are
+//! no plain moves, mostly, worked out when the instruction is decoded.
+
+use super::alu::Binary;
+use super::moves::alignment;
+use super::operand::Gpr;
+use crate::arch::registers::GeneralRegisters;
+use crate::devices::Width;
+use iced_x86::{Instruction, Mnemonic, OpKind};
+
+/// ADD, OR and others without LOCK, with a general register other than RSP or an immediate, where
+/// one register tells whether the address is aligned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arithmetic {
+    operation: Binary,
+    /// Bytes that the device is accessed with.
+    pub width: Width,
+    /// The instruction's length.
+    pub length: u8,
+    /// The device is the first operand.
+    device_first: bool,
+    /// The other one, where it is no immediate.
+    register: Option<Gpr>,
+    immediate: u64,
+    /// The register that tells whether the address is aligned.
+    base: u8,
+    /// Its bits that must be 0.
+    alignment: u8,
+}
+
+/// What follows of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Computed {
+    /// What is written to the device.
+    pub stored: Option<u64>,
+    pub rflags: u64,
+}
+
+impl Arithmetic {
+    /// The arithmetic that `instruction` is, if it is one.
+    pub(super) fn of(instruction: &Instruction) -> Option<Self> {
+        let operation = match instruction.mnemonic() {
+            Mnemonic::Add => Binary::Add,
+            Mnemonic::Adc => Binary::Adc,
+            Mnemonic::Sub => Binary::Sub,
+            Mnemonic::Sbb => Binary::Sbb,
+            Mnemonic::And => Binary::And,
+            Mnemonic::Or => Binary::Or,
+            Mnemonic::Xor => Binary::Xor,
+            Mnemonic::Cmp => Binary::Cmp,
+            Mnemonic::Test => Binary::Test,
+            _ => return None,
+        };
+        let device_first = instruction.op0_kind() == OpKind::Memory;
+        let device_second = instruction.op1_kind() == OpKind::Memory;
+        if device_first == device_second || instruction.has_lock_prefix() {
+            return None;
+        }
+        let width = Width::from_bytes(instruction.memory_size().size() as u64)?;
+        let other = u32::from(device_first);
+        let (register, immediate) = if instruction.op_kind(other) == OpKind::Register {
+            (Some(Gpr::new(instruction.op_register(other))?), 0)
+        } else {
+            (None, instruction.try_immediate(other).ok()?)
+        };
+        if register.is_some_and(|gpr| gpr.index == Gpr::RSP) {
+            return None;
+        }
+        let (base, alignment) = alignment(instruction, width)?;
+        Some(Self {
+            operation,
+            width,
+            length: instruction.len() as u8,
+            device_first,
+            register,
+            immediate,
+            base,
+            alignment: alignment as u8,
+        })
+    }
+
+    /// Whether the device is written.
+    pub fn stores(&self) -> bool {
+        self.device_first && self.operation.stores()
+    }
+
+    /// Whether the operand is where one access reaches all of it.
+    pub fn is_aligned(&self, registers: &GeneralRegisters) -> bool {
+        registers.get(self.base) as u8 & self.alignment == 0
+    }
+
+    /// Computes it with what was read from the device; a result that is a register's is there
+    /// then.
+    pub fn compute(&self, registers: &mut GeneralRegisters, device: u64, rflags: u64) -> Computed {
+        let other = self
+            .register
+            .map_or(self.immediate, |gpr| gpr.get(registers));
+        let (a, b) = if self.device_first {
+            (device, other)
+        } else {
+            (other, device)
+        };
+        let (value, rflags) = self.operation.compute(a, b, self.width, rflags);
+        match self.register {
+            Some(gpr) if !self.device_first && self.operation.stores() => gpr.set(registers, value),
+            _ => {}
+        }
+        Computed {
+            stored: self.stores().then_some(value),
+            rflags,
+        }
+    }
+}
