@@ -40,10 +40,12 @@ pub const CR0_OWNED: u64 = !(CR0_MP | CR0_EM | CR0_TS | CR0_WP | CR0_AM);
 const CR4_PSE: u64 = 1 << 4;
 const CR4_PAE: u64 = 1 << 5;
 const CR4_MCE: u64 = 1 << 6;
+const CR4_PGE: u64 = 1 << 7;
 const CR4_LA57: u64 = 1 << 12;
 const CR4_VMXE: u64 = 1 << 13;
 const CR4_PCIDE: u64 = 1 << 17;
 const CR4_OSXSAVE: u64 = 1 << 18;
+const CR4_SMEP: u64 = 1 << 20;
 
 /// Bits of CR4 whose change exits: those that the guest does not have, those that
 /// change paging or CPUID, and MCE, without which a machine check shuts the CPU down.
@@ -160,6 +162,11 @@ impl Vcpu {
         let value = value & CR0_DEFINED | CR0_ET;
         let old = self.cr0();
         let efer = self.vmcs.read(guest::EFER);
+        let pointers = if (value ^ old) & (CR0_PG | CR0_CD | CR0_NW) != 0 {
+            self.pdptes(value, self.cr4(), self.vmcs.read(guest::CR3))?
+        } else {
+            None
+        };
         if (value ^ old) & CR0_PG != 0 && efer & EFER_LME != 0 {
             self.switch_long_mode(paging, efer)?;
         }
@@ -167,7 +174,7 @@ impl Vcpu {
         self.vmcs
             .write(guest::CR0, value & !(CR0_CD | CR0_NW) | CR0_NE);
         self.vmcs.write(control::CR0_SHADOW, value);
-        self.load_pdptes();
+        self.load_pdptes(pointers);
         if (value ^ old) & CR0_PE != 0 {
             self.correct_code_selector(value & CR0_PE != 0);
         }
@@ -185,8 +192,9 @@ impl Vcpu {
         let pcide = self.cr4() & CR4_PCIDE != 0;
         let (cr3, keep) = cr3_written(value, pcide, self.cpuid.physical_address_bits())
             .ok_or(Exception::GeneralProtection)?;
+        let pointers = self.pdptes(self.cr0(), self.cr4(), cr3)?;
         self.vmcs.write(guest::CR3, cr3);
-        self.load_pdptes();
+        self.load_pdptes(pointers);
         if !keep {
             self.flush_tlb();
         }
@@ -196,7 +204,8 @@ impl Vcpu {
     /// The page tables of a task outside long mode.
     pub(super) fn load_cr3(&mut self, table: Gpa) {
         self.vmcs.write(guest::CR3, table.0);
-        self.load_pdptes();
+        let pointers = self.pdptes(self.cr0(), self.cr4(), table.0);
+        self.load_pdptes(pointers.unwrap_or(Some([0; 4])));
         self.flush_tlb();
     }
 
@@ -244,6 +253,11 @@ impl Vcpu {
         {
             return Err(Exception::GeneralProtection);
         }
+        let pointers = if (value ^ old) & (CR4_PAE | CR4_PGE | CR4_PSE | CR4_SMEP) != 0 {
+            self.pdptes(self.cr0(), value, self.vmcs.read(guest::CR3))?
+        } else {
+            None
+        };
         self.vmcs
             .write(guest::CR4, value | cr4_required(&self.vmx.capabilities));
         self.vmcs.write(control::CR4_SHADOW, value);
@@ -253,29 +267,40 @@ impl Vcpu {
         if (value ^ old) & CR4_OSXSAVE != 0 {
             self.cpuid.set_osxsave(value & CR4_OSXSAVE != 0);
         }
-        self.load_pdptes();
+        self.load_pdptes(pointers);
         self.flush_tlb();
         Ok(())
     }
 
-    /// With PAE paging the CPU holds four page-directory-pointer entries, which
-    /// VM entry loads from the VMCS (SDM 3, 27.3.2.4).
-    fn load_pdptes(&mut self) {
-        let pae = self.cr0() & CR0_PG != 0
-            && self.cr4() & CR4_PAE != 0
-            && self.vmcs.read(guest::EFER) & EFER_LMA == 0;
-        if !pae {
-            return;
+    /// The four page-directory-pointer entries that the CPU loads with PAE paging (SDM 3, 5.4.1);
+    /// `None` where it is another paging.
+    ///
+    /// # Errors
+    /// #GP, where one that is present has a reserved bit set.
+    fn pdptes(&self, cr0: u64, cr4: u64, cr3: u64) -> Result<Option<[u64; 4]>, Exception> {
+        const PRESENT: u64 = 1;
+        let is_long = self.vmcs.read(guest::EFER) & EFER_LME != 0;
+        if cr0 & CR0_PG == 0 || cr4 & CR4_PAE == 0 || is_long {
+            return Ok(None);
         }
-        let table = self.vmcs.read(guest::CR3) & 0xffff_ffe0;
-        let fields = [guest::PDPTE0, guest::PDPTE1, guest::PDPTE2, guest::PDPTE3];
-        for (index, field) in (0..).zip(fields) {
+        let reserved = !0 << self.cpuid.physical_address_bits() | 0x1e6;
+        let table = cr3 & 0xffff_ffe0;
+        let mut entries = [0; 4];
+        for (index, entry) in (0..).zip(&mut entries) {
             // A table outside memory reads as not present: the guest's next access faults.
-            let entry = self.vm.memory.read_u64(Gpa(table + 8 * index)).unwrap_or(0);
-            // Reserved bits must be 0, or the entry to the guest fails (SDM 3, 27.3.1.6).
-            let reserved = !0 << self.cpuid.physical_address_bits() | 0x1e6;
-            let valid = entry & 1 == 0 || entry & reserved == 0;
-            self.vmcs.write(field, if valid { entry } else { 0 });
+            *entry = self.vm.memory.read_u64(Gpa(table + 8 * index)).unwrap_or(0);
+            if *entry & PRESENT != 0 && *entry & reserved != 0 {
+                return Err(Exception::GeneralProtection);
+            }
+        }
+        Ok(Some(entries))
+    }
+
+    /// Has VM entry load them (SDM 3, 27.3.2.4), where there are any.
+    fn load_pdptes(&mut self, entries: Option<[u64; 4]>) {
+        let fields = [guest::PDPTE0, guest::PDPTE1, guest::PDPTE2, guest::PDPTE3];
+        for (field, entry) in fields.into_iter().zip(entries.into_iter().flatten()) {
+            self.vmcs.write(field, entry);
         }
     }
 

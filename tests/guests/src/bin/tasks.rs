@@ -19,6 +19,9 @@ const TSS: usize = 26;
 const STACK: usize = 1024;
 const RESULTS: usize = 16;
 
+#[repr(C, align(32))]
+struct Pointers([u64; 4]);
+
 static IDT: Shared<[u64; VECTORS]> = Shared::new([0; VECTORS]);
 static IDTR: Shared<TableRegister<[u64; VECTORS]>> = Shared::new(TableRegister {
     limit: 8 * VECTORS as u16 - 1,
@@ -27,6 +30,8 @@ static IDTR: Shared<TableRegister<[u64; VECTORS]>> = Shared::new(TableRegister {
 static TASK_A: Shared<[u32; TSS]> = Shared::new([0; TSS]);
 static TASK_B: Shared<[u32; TSS]> = Shared::new([0; TSS]);
 static STACK_B: Shared<[u8; STACK]> = Shared::new([0; STACK]);
+/// Page-directory pointers, of which the first says that it is writable.
+static POINTERS: Shared<Pointers> = Shared::new(Pointers([3, 0, 0, 0]));
 /// What the code below has seen.
 static SEEN: Shared<[u32; RESULTS]> = Shared::new([0; RESULTS]);
 static STACK_POINTER: Shared<u64> = Shared::new(0);
@@ -107,6 +112,28 @@ global_asm!(
     "3: pop eax",
     "seen 13, eax",
     "add esp, 12",
+    // PAE paging with an entry that has a reserved bit.
+    "lea eax, [5f]",
+    "mov [{idt} + 8 * 13], ax",
+    "shr eax, 16",
+    "mov [{idt} + 8 * 13 + 6], ax",
+    "mov ecx, 0xc0000080",
+    "rdmsr",
+    "and eax, 0xfffffeff",
+    "wrmsr",
+    "mov ebx, cr3",
+    "mov eax, offset {pointers}",
+    "mov cr3, eax",
+    "mov eax, cr0",
+    "or eax, 0x80000000",
+    "mov cr0, eax",
+    "5: mov eax, cr0",
+    "seen 14, eax",
+    "add esp, 16",
+    "mov cr3, ebx",
+    "rdmsr",
+    "or eax, 0x100",
+    "wrmsr",
     // Back to 64-bit mode.
     "mov eax, cr0",
     "or eax, 0x80000000",
@@ -152,6 +179,7 @@ global_asm!(
     ".byte 0xea; .long 0; .word {task_a}",
     ".code64",
     seen = sym SEEN,
+    pointers = sym POINTERS,
     stack_pointer = sym STACK_POINTER,
     idtr = sym IDTR,
     idt = sym IDT,
@@ -231,6 +259,11 @@ fn results() {
     );
     check_equal("and the first goes on", seen(12), 1);
     check_equal("a busy task raises #GP", seen(13), a);
+    check_equal(
+        "PAE paging with a reserved bit raises #GP, and stays off",
+        (seen(14) >> 31, seen(14) & 1),
+        (0, 1),
+    );
     let task_a = descriptors::descriptor(selector::TASK_A);
     let task_b = descriptors::descriptor(selector::TASK_B);
     check_equal(
