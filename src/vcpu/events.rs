@@ -264,6 +264,7 @@ impl Vcpu {
 
     /// Goes on with a delivery that an exit interrupted.
     fn inject_again(&mut self, info: InterruptionInfo, error: u32, length: u32) {
+        let info = info_again(info, self.cr0() & 1 != 0);
         self.inject_event(info, error);
         if info.is_software() {
             self.vmcs.write(control::ENTRY_INSTRUCTION_LENGTH, length);
@@ -409,6 +410,11 @@ impl Vcpu {
             self.vmcs.write(guest::PENDING_DEBUG, pending | SINGLE_STEP);
         }
     }
+}
+
+/// What an entry is told of an event whose delivery was interrupted, in `protected` mode or not.
+const fn info_again(info: InterruptionInfo, protected: bool) -> InterruptionInfo {
+    if protected { info } else { info.in_real_mode() }
 }
 
 #[cfg(test)]

@@ -99,6 +99,12 @@ impl InterruptionInfo {
         self.0 & Self::ERROR_CODE != 0
     }
 
+    /// The same event in real mode, which has no error codes: an entry refuses one there (SDM 3,
+    /// 27.2.1.3), and Bochs reports one all the same.
+    pub const fn in_real_mode(self) -> Self {
+        Self(self.0 & !Self::ERROR_CODE)
+    }
+
     pub const fn is_valid(self) -> bool {
         self.0 & Self::VALID != 0
     }

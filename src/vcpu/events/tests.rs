@@ -36,6 +36,20 @@ fn a_blocked_nmi_lets_an_interrupt_pass() {
     assert_eq!(nmi.choose(true, 0, 0), Choice::Nmi);
 }
 
+#[test]
+fn real_mode_has_no_error_codes() {
+    let fault = InterruptionInfo::exception(13, true);
+    assert!(info_again(fault, true).has_error_code());
+    assert_eq!(
+        info_again(fault, false).as_entry(),
+        InterruptionInfo::exception(13, false).as_entry()
+    );
+    assert_eq!(
+        info_again(INTERRUPT, false).as_entry(),
+        INTERRUPT.as_entry()
+    );
+}
+
 proptest! {
     /// What VM entry checks of an injected event (SDM 3, "Checks on Guest Non-Register State").
     #[test]
