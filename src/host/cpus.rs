@@ -113,6 +113,7 @@ pub unsafe fn start(
         }))
     };
     interrupts::register(interrupts::KICK, |_| {});
+    interrupts::register(interrupts::NOTIFY, |_| {});
     let mut cpus = Vec::new();
     // SAFETY: the caller's; memory below 1 MiB is nobody's else.
     let mut trampoline = (boot.cpus.len() > 1).then(|| unsafe { Trampoline::new(boot) });

@@ -21,6 +21,8 @@ pub const COM2: u8 = ISA + 3;
 pub const TIMER: u8 = 0xe0;
 /// An interrupt between CPUs whose only purpose is to cause a VM exit.
 pub const KICK: u8 = 0xe1;
+/// Tells a CPU of posted interrupts (SDM 3, 30.6); taken outside its guest it does nothing.
+pub const NOTIFY: u8 = 0xe2;
 /// The local APIC's spurious vector, which is not acknowledged.
 pub const SPURIOUS: u8 = 0xff;
 

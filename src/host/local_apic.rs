@@ -306,6 +306,11 @@ pub fn kick(cpu: u32) {
     send(Command::fixed(Target::Cpu(cpu), interrupts::KICK));
 }
 
+/// Has the CPU with this identifier deliver its guest's posted interrupts.
+pub fn notify(cpu: u32) {
+    send(Command::fixed(Target::Cpu(cpu), interrupts::NOTIFY));
+}
+
 /// Makes all other CPUs take an NMI, which a dying machine's handler answers by halting.
 pub fn stop_others() {
     send(Command::nmi(Target::Others));

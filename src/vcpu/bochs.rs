@@ -6,7 +6,8 @@
 //!   times a second at the least.
 //! - While a host interrupt is pending it delivers the guest's virtual interrupt even
 //!   when the guest's IF is 0. So none is pending while a guest of the tier APICv runs:
-//!   the host's task priority holds them all back but then, and other CPUs' kicks are NMIs.
+//!   the host's task priority holds them all back but then, and other CPUs' kicks are NMIs; so
+//!   are they where a later Bochs processes posted interrupts, which has this mistake too.
 //! - An EPT violation in the delivery of a virtual interrupt is not reported as one that
 //!   interrupted it, and the interrupt is lost. So all memory of such a guest is mapped
 //!   before it starts.
@@ -36,6 +37,9 @@ impl Vcpu {
     /// Keeps the guest from all that, where it has to be.
     pub(super) fn prepare_for_bochs(&mut self) -> Result<(), SetupError> {
         let controls = self.vmx.controls;
+        if controls.posts_interrupts() {
+            self.mailbox.is_processed_by_cpu();
+        }
         self.misses_interrupts =
             !controls.has_preemption_timer() || self.vmx.capabilities.preemption_timer_shift() == 0;
         if !self.misses_interrupts {
@@ -49,7 +53,7 @@ impl Vcpu {
         };
         self.timer.set_slice(Ticks(self.clock.hz() / slices));
         if self.holds_interrupts {
-            self.mailbox().tell_by_nmi();
+            self.mailbox.tell_by_nmi();
             self.vm.map_all().map_err(SetupError::Ept)?;
         }
         Ok(())

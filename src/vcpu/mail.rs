@@ -139,7 +139,7 @@ impl Vcpu {
 
     /// Does what the mail says, as far as it is [`Events::LIGHT`].
     fn open(&mut self, mail: Events) {
-        if mail.intersects(Events::INTERRUPTS) {
+        if mail.intersects(Events::POSTED | Events::LEVELS) {
             let apic = &mut self.apic;
             self.mailbox.take_vectors(mail, |vector, level| {
                 apic.accept(Message {

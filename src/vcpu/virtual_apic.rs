@@ -15,6 +15,7 @@ use super::{Attention, Vcpu};
 use crate::addr::{Gpa, Hva};
 use crate::arch::registers::GeneralRegisters;
 use crate::devices::local_apic::{Mode, register};
+use crate::host::interrupts;
 use crate::host::memory::paging;
 use crate::vmx::apic::{ApicAccess, ApicPageAccess, ApicPageAccessKind, ApicTier};
 use crate::vmx::bitmap::MsrAccess;
@@ -59,7 +60,8 @@ pub(super) fn tier(mode: ApicMode, best: ApicTier) -> ApicTier {
 }
 
 impl Vcpu {
-    /// Gives the CPU the page of registers. `None` where it has no physical address.
+    /// Gives the CPU the page of registers, and what is posted. `None` where one of them has no
+    /// physical address.
     pub(super) fn write_apic_addresses(&mut self) -> Option<()> {
         if self.tier.shadows_tpr() {
             let registers = Hva((&raw const *self.apic.page()) as u64);
@@ -69,6 +71,18 @@ impl Vcpu {
             self.vmcs
                 .write(control::APIC_ACCESS, paging::to_phys(access)?.0);
             self.vmcs.write(control::TPR_THRESHOLD, 0);
+        }
+        let controls =
+            self.tier
+                .controls(ApicAccess::None, &self.vmx.controls, &self.vmx.capabilities);
+        if controls.posts_interrupts() {
+            let descriptor = Hva((&raw const *self.mailbox.descriptor()) as u64);
+            self.vmcs
+                .write(control::POSTED_INTERRUPT_VECTOR, interrupts::NOTIFY.into());
+            self.vmcs.write(
+                control::POSTED_INTERRUPT_DESCRIPTOR,
+                paging::to_phys(descriptor)?.0,
+            );
         }
         Some(())
     }
@@ -88,6 +102,7 @@ impl Vcpu {
             .controls(access, &self.vmx.controls, &self.vmx.capabilities);
         self.primary = controls.primary | self.primary & windows;
         self.vmx.controls = controls;
+        self.vmcs.write(control::PIN, controls.pin);
         self.vmcs.write(control::PRIMARY, self.primary);
         self.vmcs.write(control::SECONDARY, controls.secondary);
         self.open_apic_msrs();

@@ -13,6 +13,15 @@
 //! ([`Place::look`]) which makes that one give way. The CPU gives up `current` before it
 //! looks at the flags of a vCPU that waits, and the sender sets the flag before it reads
 //! `current`: both in one order for all (`SeqCst`), so that one of them sees the other.
+//!
+//! # Posted interrupts
+//!
+//! Vectors and flags begin the mailbox in the form of a posted-interrupt descriptor
+//! ([`Descriptor`]). Where the CPU processes those, it is told of a vector by
+//! another interrupt, which it takes without an exit: it clears the flag, and delivers what is
+//! requested. Whatever it cannot do so, because the vCPU does not run just then, is done as for any
+//! other mail, and as where no CPU processes anything. Since that interrupt makes nobody look at other
+//! flags, who sets one of those tells as if that for vectors were not set.
 
 use crate::devices::local_apic::Address;
 #[cfg(not(loom))]
@@ -27,8 +36,11 @@ bitflags! {
     /// What a vCPU is to look at.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct Events: u32 {
-        /// Vectors are requested: for each word of them a bit, first those of edges.
-        const INTERRUPTS = 0xff << 16;
+        /// Vectors are requested by edges: "outstanding notification" (SDM 3, table 30-1). The
+        /// CPU clears it too.
+        const POSTED = 1 << 0;
+        /// Vectors are requested by levels.
+        const LEVELS = 1 << 9;
         const NMI = 1 << 1;
         const INIT = 1 << 2;
         /// A start-up interrupt, whose page is in the mailbox.
@@ -48,15 +60,13 @@ bitflags! {
 
 impl Events {
     /// What is looked at between two instructions of the guest; for the rest the run is left.
-    pub const LIGHT: Self = Self::INTERRUPTS
+    pub const LIGHT: Self = Self::POSTED
+        .union(Self::LEVELS)
         .union(Self::NMI)
         .union(Self::EXTINT)
         .union(Self::CHIPSET)
         .union(Self::CONSOLE);
 }
-
-/// The first bit of [`Events::INTERRUPTS`].
-const FIRST_WORD: u32 = 16;
 
 /// A CPU as those see it that have something for the vCPUs on it.
 #[derive(Debug)]
@@ -70,9 +80,22 @@ pub struct Place {
     /// A vCPU whose turn it is not has something to look at, or a new one has come. No memory is
     /// read because of it but the mailboxes, which have an order of their own: relaxed.
     look: AtomicBool,
-    /// Stands for an interrupt that the CPU has not taken yet.
+    /// Stand for interrupts that the CPU has not taken yet.
     #[cfg(loom)]
     kicked: AtomicBool,
+    #[cfg(loom)]
+    notified: AtomicBool,
+}
+
+/// How the CPU of a vCPU whose turn it is is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tell {
+    /// By an interrupt that makes it exit.
+    Kick,
+    /// By the one for which it processes posted interrupts.
+    Notify,
+    /// By NMI: it takes no other interrupt now.
+    Nmi,
 }
 
 impl Place {
@@ -85,6 +108,8 @@ impl Place {
             look: AtomicBool::new(false),
             #[cfg(loom)]
             kicked: AtomicBool::new(false),
+            #[cfg(loom)]
+            notified: AtomicBool::new(false),
         }
     }
 
@@ -99,19 +124,23 @@ impl Place {
     /// Makes whatever the CPU does give way to its scheduler.
     pub fn tell(&self) {
         self.look.store(true, Ordering::Relaxed);
-        self.interrupt(false);
+        self.interrupt(Tell::Kick);
     }
 
-    /// Interrupts the CPU, by NMI or by an interrupt of its own: what it does next is behind all
-    /// that was stored before.
-    fn interrupt(&self, by_nmi: bool) {
+    /// Interrupts the CPU: what it does next is behind all that was stored before.
+    fn interrupt(&self, how: Tell) {
         #[cfg(loom)]
-        self.kicked.store(true, Ordering::SeqCst);
+        match how {
+            Tell::Kick | Tell::Nmi => self.kicked.store(true, Ordering::SeqCst),
+            Tell::Notify => self.notified.store(true, Ordering::SeqCst),
+        }
         #[cfg(not(loom))]
-        if by_nmi {
-            local_apic::send(Command::nmi(Target::Cpu(self.apic_id)));
-        } else {
-            local_apic::kick(self.apic_id);
+        match how {
+            Tell::Kick => local_apic::kick(self.apic_id),
+            Tell::Notify => local_apic::notify(self.apic_id),
+            Tell::Nmi => {
+                local_apic::send(Command::nmi(Target::Cpu(self.apic_id)));
+            }
         }
     }
 
@@ -128,23 +157,38 @@ impl Place {
     }
 }
 
+/// A posted-interrupt descriptor (SDM 3, table 30-1): what the CPU reads and changes itself while the
+/// vCPU runs, where it processes posted interrupts.
+#[derive(Debug)]
+#[repr(C, align(64))]
+pub struct Descriptor {
+    /// Vectors that are requested by edges, a bit for each. Behind [`Events::POSTED`]: relaxed.
+    requests: [AtomicU64; 4],
+    /// [`Events`], of which the CPU knows the first. Set after what they are about was stored, and
+    /// taken before that is read: release and acquire; and in one order with [`Place::current`]:
+    /// SeqCst.
+    events: AtomicU32,
+    /// For others than the CPU; here for nobody.
+    rest: [u32; 7],
+}
+
 /// What others have for one vCPU.
 #[derive(Debug)]
 pub struct Mailbox {
+    descriptor: Descriptor,
     place: &'static Place,
     /// The local APIC's identifier.
     id: u32,
-    /// [`Events`]. Set after what they are about was stored, and taken before that is read:
-    /// release and acquire; and in one order with [`Place::current`]: SeqCst.
-    events: AtomicU32,
-    /// Vectors that are requested: four words by edges, and four by levels. Behind `events`:
-    /// relaxed.
-    requested: [AtomicU64; 8],
+    /// Vectors that are requested by levels. Behind [`Events::LEVELS`]: relaxed.
+    levels: [AtomicU64; 4],
     /// The page of the last start-up interrupt. Behind `events`: relaxed.
     start_up: AtomicU8,
     /// The CPU takes no other interrupt while it is the vCPU's turn. No memory is read because of
     /// it: relaxed.
     by_nmi: AtomicBool,
+    /// The CPU processes the descriptor. Where a sender does not see it yet, or still does, the CPU
+    /// exits for what it is told by, and looks: relaxed.
+    is_processed: AtomicBool,
     /// [`Address::to_word`] of the local APIC. A sender sees it as it was or is, and
     /// nothing else is read because of it: relaxed.
     address: AtomicU32,
@@ -154,14 +198,29 @@ impl Mailbox {
     /// Empty, of the vCPU with this identifier, which runs at `place`.
     pub fn new(place: &'static Place, id: u32) -> Self {
         Self {
+            descriptor: Descriptor {
+                requests: Default::default(),
+                events: AtomicU32::new(0),
+                rest: [0; 7],
+            },
             place,
             id,
-            events: AtomicU32::new(0),
-            requested: Default::default(),
+            levels: Default::default(),
             start_up: AtomicU8::new(0),
             by_nmi: AtomicBool::new(false),
+            is_processed: AtomicBool::new(false),
             address: AtomicU32::new(0),
         }
+    }
+
+    /// What the CPU is given where it processes posted interrupts.
+    pub const fn descriptor(&self) -> &Descriptor {
+        &self.descriptor
+    }
+
+    /// The CPU processes the descriptor from now on.
+    pub fn is_processed_by_cpu(&self) {
+        self.is_processed.store(true, Ordering::Relaxed);
     }
 
     /// Where the vCPU runs.
@@ -172,18 +231,41 @@ impl Mailbox {
     /// Has the vCPU look at `events`.
     #[inline]
     pub fn post(&self, events: Events) {
-        if self.events.fetch_or(events.bits(), Ordering::SeqCst) != 0 {
+        let before = self.set(events);
+        let is_told = if events == Events::POSTED {
+            before
+        } else {
+            before - Events::POSTED
+        };
+        if !is_told.is_empty() {
             // Whoever set the first flag has told, or is about to, and nothing was taken since; or
             // it was a sibling whose turn is bounded since then (`post_from`).
             return;
         }
         one_order();
         let own = ptr::from_ref(self).cast_mut();
-        if self.place.current.load(Ordering::SeqCst) == own {
-            self.place.interrupt(self.by_nmi.load(Ordering::Relaxed));
-        } else {
+        if self.place.current.load(Ordering::SeqCst) != own {
             self.place.tell();
+        } else {
+            self.place.interrupt(self.way_to_tell(events));
         }
+    }
+
+    fn way_to_tell(&self, events: Events) -> Tell {
+        if self.by_nmi.load(Ordering::Relaxed) {
+            Tell::Nmi
+        } else if events == Events::POSTED && self.is_processed.load(Ordering::Relaxed) {
+            Tell::Notify
+        } else {
+            Tell::Kick
+        }
+    }
+
+    /// Sets flags; what was set before.
+    #[inline]
+    fn set(&self, events: Events) -> Events {
+        let events = events.bits();
+        Events::from_bits_retain(self.descriptor.events.fetch_or(events, Ordering::SeqCst))
     }
 
     /// Has all these vCPUs look at `events`.
@@ -204,7 +286,7 @@ impl Mailbox {
     pub fn post_from(&self, place: &Place, events: Events) -> bool {
         let same = ptr::eq(place, self.place);
         if same {
-            self.events.fetch_or(events.bits(), Ordering::SeqCst);
+            self.set(events);
         } else {
             self.post(events);
         }
@@ -214,11 +296,13 @@ impl Mailbox {
     /// Puts a vector in; what is to be posted for it.
     #[inline]
     pub fn request(&self, vector: u8, level: bool) -> Events {
-        let word = vector >> 6 | u8::from(level) << 2;
-        if let Some(requested) = self.requested.get(usize::from(word)) {
-            requested.fetch_or(1 << (vector & 63), Ordering::Relaxed);
-        }
-        Events::from_bits_retain(1 << (FIRST_WORD + u32::from(word)))
+        let (words, event) = if level {
+            (&self.levels, Events::LEVELS)
+        } else {
+            (&self.descriptor.requests, Events::POSTED)
+        };
+        words[usize::from(vector >> 6)].fetch_or(1 << (vector & 63), Ordering::Relaxed);
+        event
     }
 
     /// Puts the page of a start-up interrupt in, to be posted as [`Events::START_UP`].
@@ -235,37 +319,28 @@ impl Mailbox {
     /// [`Place::current`] may wait because there is not.
     #[inline]
     pub fn has_mail(&self) -> bool {
-        self.events.load(Ordering::SeqCst) != 0
+        self.descriptor.events.load(Ordering::SeqCst) != 0
     }
 
     /// What of `kinds` there is to look at now; it is not there any more.
     #[inline]
     pub fn take(&self, kinds: Events) -> Events {
-        if self.events.load(Ordering::Relaxed) & kinds.bits() == 0 {
+        let events = &self.descriptor.events;
+        if events.load(Ordering::Relaxed) & kinds.bits() == 0 {
             return Events::empty();
         }
-        let taken = self.events.fetch_and(!kinds.bits(), Ordering::SeqCst);
+        let taken = events.fetch_and(!kinds.bits(), Ordering::SeqCst);
         Events::from_bits_truncate(taken) & kinds
     }
 
     /// Gives the vectors that `events` are about to `sink`, with whether each is a level.
     #[inline]
     pub fn take_vectors(&self, events: Events, mut sink: impl FnMut(u8, bool)) {
-        let mut words = (events & Events::INTERRUPTS).bits() >> FIRST_WORD;
-        while words != 0 {
-            let word = words.trailing_zeros();
-            words &= words - 1;
-            let Some(requested) = self.requested.get(word as usize) else {
-                return;
-            };
-            let mut vectors = requested.swap(0, Ordering::Relaxed);
-            while vectors != 0 {
-                sink(
-                    (word as u8 & 3) << 6 | vectors.trailing_zeros() as u8,
-                    word > 3,
-                );
-                vectors &= vectors - 1;
-            }
+        if events.contains(Events::POSTED) {
+            take_bits(&self.descriptor.requests, |vector| sink(vector, false));
+        }
+        if events.contains(Events::LEVELS) {
+            take_bits(&self.levels, |vector| sink(vector, true));
         }
     }
 
@@ -278,6 +353,22 @@ impl Mailbox {
     #[inline]
     pub fn address(&self) -> Address {
         Address::from_word(self.address.load(Ordering::Relaxed), self.id)
+    }
+}
+
+/// Gives the numbers of the bits that are set, and clears them.
+#[inline]
+fn take_bits(words: &[AtomicU64; 4], mut sink: impl FnMut(u8)) {
+    for (index, word) in words.iter().enumerate() {
+        if word.load(Ordering::Relaxed) == 0 {
+            continue;
+        }
+        let first = (index as u8) << 6;
+        let mut bits = word.swap(0, Ordering::Relaxed);
+        while bits != 0 {
+            sink(first | bits.trailing_zeros() as u8);
+            bits &= bits - 1;
+        }
     }
 }
 
@@ -313,6 +404,51 @@ mod tests {
         assert!(place.has_news());
     }
 
+    /// SDM 3, table 30-1: bit 0 to 255 the vectors, bit 256 the outstanding notification.
+    #[test]
+    fn the_descriptor_is_as_the_cpu_knows_it() {
+        assert_eq!(
+            (size_of::<Descriptor>(), align_of::<Descriptor>()),
+            (64, 64)
+        );
+        let mailbox = mailbox();
+        mailbox.set(mailbox.request(0x41, false));
+        mailbox.set(mailbox.request(0xff, false));
+        // SAFETY: it is as large, and nobody changes it.
+        let words = unsafe { &*ptr::from_ref(mailbox.descriptor()).cast::<[u64; 8]>() };
+        let is_set = |bit: &usize| words[bit / 64] & 1 << (bit % 64) != 0;
+        let set: Vec<_> = (0..512).filter(is_set).collect();
+        assert_eq!(set, [0x41, 0xff, 256]);
+    }
+
+    #[test]
+    fn a_running_vcpu_is_told_as_its_cpu_can_be() {
+        let mailbox = mailbox();
+        assert_eq!(mailbox.way_to_tell(Events::POSTED), Tell::Kick);
+        mailbox.is_processed_by_cpu();
+        assert_eq!(mailbox.way_to_tell(Events::POSTED), Tell::Notify);
+        assert_eq!(mailbox.way_to_tell(Events::NMI), Tell::Kick);
+        assert_eq!(mailbox.way_to_tell(Events::LEVELS), Tell::Kick);
+        mailbox.tell_by_nmi();
+        assert_eq!(mailbox.way_to_tell(Events::POSTED), Tell::Nmi);
+    }
+
+    /// What a CPU that processes posted interrupts clears itself tells nobody of anything else.
+    #[test]
+    fn other_flags_are_told_beside_posted_vectors() {
+        let mailbox = mailbox();
+        let place = mailbox.place();
+        mailbox.post(mailbox.request(0x41, false));
+        assert!(place.take_news());
+        mailbox.post(mailbox.request(0x42, false));
+        assert!(!place.take_news(), "told already");
+        mailbox.post(Events::NMI);
+        assert!(place.take_news());
+        mailbox.post(mailbox.request(0x43, false));
+        mailbox.post(Events::INIT);
+        assert!(!place.take_news(), "told of the NMI");
+    }
+
     #[test]
     fn vectors_come_once_and_with_their_trigger() {
         let mailbox = mailbox();
@@ -322,7 +458,7 @@ mod tests {
         }
         assert!(!mailbox.place().has_news(), "it is this CPU's own");
         let events = mailbox.take(Events::all());
-        assert!(Events::INTERRUPTS.contains(events));
+        assert_eq!(events, Events::POSTED | Events::LEVELS);
         let mut taken = Vec::new();
         mailbox.take_vectors(events, |vector, level| taken.push((vector, level)));
         assert_eq!(taken, [(16, false), (64, false), (255, true)]);
@@ -383,6 +519,48 @@ mod models {
         });
     }
 
+    /// The CPU processes posted interrupts: what it does when it is told of them (SDM 3, 30.6).
+    fn process(mailbox: &Mailbox, mut deliver: impl FnMut(u8)) {
+        if mailbox.place().notified.swap(false, Ordering::SeqCst) {
+            let descriptor = mailbox.descriptor();
+            descriptor
+                .events
+                .fetch_and(!Events::POSTED.bits(), Ordering::SeqCst);
+            take_bits(&descriptor.requests, &mut deliver);
+        }
+    }
+
+    /// A vector is delivered by the CPU, or found by the scheduler; and an NMI that comes beside it
+    /// is not taken for told.
+    #[test]
+    fn what_the_cpu_processes_and_what_it_does_not_are_both_seen() {
+        loom::model(|| {
+            let mailbox = mailbox();
+            let place = mailbox.place();
+            mailbox.is_processed_by_cpu();
+            place.set_current(Some(mailbox));
+            let senders = [
+                thread::spawn(move || mailbox.post(mailbox.request(0x40, false))),
+                thread::spawn(move || mailbox.post(Events::NMI)),
+            ];
+            let mut delivered = 0;
+            process(mailbox, |_| delivered += 1);
+            place.set_current(None);
+            let waits = !mailbox.has_mail();
+            for sender in senders {
+                sender.join().unwrap();
+            }
+            let events = mailbox.take(Events::all());
+            if waits && !events.is_empty() {
+                assert!(place.kicked.load(Ordering::SeqCst), "the CPU sleeps on");
+                assert!(place.take_news(), "and if it wakes, it does not look");
+            }
+            assert!(events.contains(Events::NMI));
+            mailbox.take_vectors(events, |_, _| delivered += 1);
+            assert_eq!(delivered, 1);
+        });
+    }
+
     /// What a flag is about is there when the flag is taken.
     #[test]
     fn vectors_come_with_their_flag() {
@@ -396,7 +574,7 @@ mod models {
             let taken = mailbox.take(Events::all());
             let mut vectors = Vec::new();
             mailbox.take_vectors(taken, |vector, _| vectors.push(vector));
-            if taken.intersects(Events::INTERRUPTS) {
+            if taken.contains(Events::POSTED) {
                 assert_eq!(vectors, [0x40]);
             }
             if taken.contains(Events::START_UP) {

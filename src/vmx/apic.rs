@@ -7,7 +7,9 @@
 use super::capability::Capabilities;
 use super::controls::{Controls, Missing};
 use core::fmt;
-use x86::vmx::vmcs::control::{PrimaryControls as Primary, SecondaryControls as Secondary};
+use x86::vmx::vmcs::control::{
+    PinbasedControls as Pin, PrimaryControls as Primary, SecondaryControls as Secondary,
+};
 
 /// How much of the local APIC the CPU is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -123,12 +125,16 @@ impl ApicTier {
         } else {
             primary |= CR8_EXITING.bits();
         }
+        let mut pin = controls.pin & !Pin::POSTED_INTERRUPTS.bits();
         if self.delivers() {
             secondary |= (Secondary::VIRTUALIZE_APIC_REGISTER
                 | Secondary::VIRTUAL_INTERRUPT_DELIVERY)
                 .bits();
+            // They need that, and interrupts that are acknowledged on exit, as all are.
+            pin |= Pin::POSTED_INTERRUPTS.bits() & capabilities.pin.may();
         }
         Controls {
+            pin,
             primary,
             secondary,
             ..*controls
@@ -239,7 +245,28 @@ mod tests {
                     assert_eq!(shadow, controls.primary & CR8_EXITING.bits() == 0);
                     assert_eq!(controls.secondary & !capabilities.secondary.may(), 0);
                     assert_eq!(controls.primary & !capabilities.primary.may(), 0);
+                    assert!(!controls.posts_interrupts(), "they are not offered");
                 }
+            }
+        }
+    }
+
+    /// SDM 3, 27.2.1.1: they need virtual-interrupt delivery, whatever the guest makes of its APIC.
+    #[test]
+    fn interrupts_are_posted_where_the_cpu_delivers() {
+        let mut capabilities = emulator();
+        capabilities.pin.0 |= u64::from(Pin::POSTED_INTERRUPTS.bits()) << 32;
+        let base = Controls::new(&capabilities).unwrap();
+        assert!(!base.posts_interrupts());
+        for tier in [ApicTier::Emulated, ApicTier::FlexPriority, ApicTier::Apicv] {
+            for access in [ApicAccess::None, ApicAccess::Page, ApicAccess::Msrs] {
+                let controls = tier.controls(access, &base, &capabilities);
+                assert_eq!(controls.posts_interrupts(), tier.delivers());
+                assert_eq!(
+                    controls.posts_interrupts(),
+                    controls.has(Secondary::VIRTUAL_INTERRUPT_DELIVERY)
+                );
+                assert_eq!(controls.pin & !capabilities.pin.may(), 0);
             }
         }
     }

@@ -204,6 +204,12 @@ impl Controls {
         self.secondary & control.bits() != 0
     }
 
+    /// Whether the CPU processes posted interrupts.
+    #[inline]
+    pub const fn posts_interrupts(&self) -> bool {
+        self.pin & Pin::POSTED_INTERRUPTS.bits() != 0
+    }
+
     /// Whether the VMX-preemption timer is on.
     pub const fn has_preemption_timer(&self) -> bool {
         self.pin & Pin::VMX_PREEMPTION_TIMER.bits() != 0
