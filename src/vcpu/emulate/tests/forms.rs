@@ -537,6 +537,29 @@ fn far_jumps_and_tables() {
     assert_eq!(ram.cr0 & 0xf, 0xb);
 }
 
+/// An instruction that begins with these bytes, its mode, and what it is, if it is one.
+fn random_instruction(
+    random: &mut crate::fuzz::Random,
+    start: &[u8],
+) -> Option<(Vec<u8>, Mode, Decoded)> {
+    let mut code = start.to_vec();
+    code.extend((0..15).map(|_| random.next() as u8));
+    code.truncate(15);
+    let mode = random.pick(&[Bits16, Bits32, Bits64]);
+    let decoded = Decoded::new(&code, mode, RIP).ok()?;
+    Some((code, mode, decoded))
+}
+
+/// Memory from 0 and registers that lead there.
+fn random_state(random: &mut crate::fuzz::Random, mode: Mode) -> (Ram, GeneralRegisters) {
+    let mut ram = Ram::new(0x400, mode);
+    ram.base = 0;
+    ram.memory.fill_with(|| random.next() as u8);
+    let mut general = GeneralRegisters::default();
+    (0..16).for_each(|index| general.set(index, random.below(0x100)));
+    (ram, general)
+}
+
 /// A plain move does what the instruction does without its short way.
 #[test]
 fn plain_moves_do_the_same() {
@@ -560,23 +583,16 @@ fn plain_moves_do_the_same() {
             &[0x0f, 0xbe],
             &[0x8c],
         ]);
-        let mut code = [prefix, opcode].concat();
-        code.extend((0..15).map(|_| random.next() as u8));
-        code.truncate(15);
-        let mode = random.pick(&[Bits16, Bits32, Bits64]);
-        let Ok(decoded) = Decoded::new(&code, mode, RIP) else {
+        let Some((code, mode, decoded)) =
+            random_instruction(&mut random, &[prefix, opcode].concat())
+        else {
             continue;
         };
         let Some(short) = decoded.plain_move() else {
             continue;
         };
-        let mut ram = Ram::new(0x400, mode);
-        ram.base = 0;
-        ram.memory.fill_with(|| random.next() as u8);
-        let memory = ram.memory.clone();
-        let mut general = GeneralRegisters::default();
-        (0..16).for_each(|index| general.set(index, random.below(0x100)));
-        let before = general;
+        let (mut ram, mut general) = random_state(&mut random, mode);
+        let (memory, before) = (ram.memory.clone(), general);
         let mut registers = Registers {
             general: &mut general,
             rip: RIP,
@@ -626,24 +642,16 @@ fn arithmetic_is_what_the_instruction_does() {
             2 => random.pick(&[0x84, 0x85, 0xf6, 0xf7]),
             _ => random.pick(&[0x86, 0xfe]),
         };
-        let mut code = [prefix, &[opcode]].concat();
-        code.extend((0..15).map(|_| random.next() as u8));
-        code.truncate(15);
-        let mode = random.pick(&[Bits16, Bits32, Bits64]);
-        let Ok(decoded) = Decoded::new(&code, mode, RIP) else {
+        let start = [prefix, &[opcode]].concat();
+        let Some((code, mode, decoded)) = random_instruction(&mut random, &start) else {
             continue;
         };
         let Some(plan) = decoded.arithmetic() else {
             continue;
         };
         assert!(!decoded.is_locked());
-        let mut ram = Ram::new(0x400, mode);
-        ram.base = 0;
-        ram.memory.fill_with(|| random.next() as u8);
-        let memory = ram.memory.clone();
-        let mut general = GeneralRegisters::default();
-        (0..16).for_each(|index| general.set(index, random.below(0x100)));
-        let before = general;
+        let (mut ram, mut general) = random_state(&mut random, mode);
+        let (memory, before) = (ram.memory.clone(), general);
         let rflags = FLAGS | random.next() & 0x8d5;
         let mut registers = Registers {
             general: &mut general,
