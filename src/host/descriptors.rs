@@ -13,7 +13,7 @@ use super::memory::paging::MapError;
 use super::memory::stack::Stack;
 use super::{interrupts, panic};
 use crate::addr::Hva;
-use crate::arch::{cpu, msr};
+use crate::arch::{cpu, fpu, msr};
 use alloc::boxed::Box;
 use core::arch::global_asm;
 use core::cell::UnsafeCell;
@@ -36,6 +36,7 @@ pub const TASK: SegmentSelector = SegmentSelector::new(3, Ring0);
 
 const NMI: usize = 2;
 const DOUBLE_FAULT: usize = 8;
+const INVALID_OPCODE: u64 = 6;
 const GENERAL_PROTECTION: u64 = 13;
 const MACHINE_CHECK: usize = 18;
 
@@ -364,10 +365,19 @@ extern "C" fn interrupt_entry(frame: &mut InterruptFrame) {
     match frame.vector {
         vector if vector == NMI as u64 => interrupts::nmi(),
         vector if vector >= u64::from(interrupts::FIRST) => interrupts::dispatch(vector as u8),
-        vector => match msr::recovery(frame.rip) {
-            Some(rip) if vector == GENERAL_PROTECTION => frame.rip = rip,
-            _ => panic::exception(frame, cpu::cr2()),
+        vector => match recovery(vector, frame.rip) {
+            Some(rip) => frame.rip = rip,
+            None => panic::exception(frame, cpu::cr2()),
         },
+    }
+}
+
+/// Where execution resumes after an exception at `rip`, where one may come.
+fn recovery(vector: u64, rip: u64) -> Option<u64> {
+    match vector {
+        GENERAL_PROTECTION => msr::recovery(rip).or_else(|| fpu::recovery(rip)),
+        INVALID_OPCODE => fpu::recovery(rip),
+        _ => None,
     }
 }
 

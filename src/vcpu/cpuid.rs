@@ -229,10 +229,7 @@ impl CpuidTable {
         if self.xsave.supported == 0 {
             return;
         }
-        let (standard, compacted) = (
-            self.xsave.standard_size(xcr0),
-            self.xsave.compacted_size(xcr0),
-        );
+        let (standard, compacted) = (self.xsave_size(xcr0, false), self.xsave_size(xcr0, true));
         let xsavec = self.xsave.compaction;
         self.row_mut(0xd, 0)[EBX] = standard;
         self.row_mut(0xd, 1)[EBX] = if xsavec { compacted } else { 0 };
@@ -241,6 +238,15 @@ impl CpuidTable {
     /// The XSAVE state components that XCR0 may hold; 0 without XSAVE.
     pub fn xcr0_supported(&self) -> u64 {
         self.xsave.supported
+    }
+
+    /// Bytes of the XSAVE area for these components.
+    pub fn xsave_size(&self, components: u64, compacted: bool) -> u32 {
+        if compacted {
+            self.xsave.compacted_size(components)
+        } else {
+            self.xsave.standard_size(components)
+        }
     }
 
     fn has(&self, leaf: u32, register: usize, bit: u32) -> bool {

@@ -2,13 +2,14 @@
 //! linear addresses, piece by piece: memory, device registers, or nothing.
 
 use super::Vcpu;
-use super::emulate::{EmulateError, Intent, Machine, SystemSegment, Table, VectorRegister};
+use super::emulate::{Intent, Machine, SystemSegment, Table, VectorRegister};
 use super::fault::Exception;
 use super::segmentation::{
     Addressing, DescriptorTables, Rights, Segment, SegmentRegister, TableRegister,
 };
 use super::walk::{self, Operation, Paging, PhysicalMark, PhysicalRead, WalkError};
 use crate::addr::{Gpa, Gva, PAGE_SIZE};
+use crate::arch::fpu::{FpuInstruction, Image};
 use crate::arch::{cpu, vector};
 use crate::devices::Width;
 use crate::vm::memory::GuestMemory;
@@ -16,10 +17,7 @@ use crate::vm::slots::SlotKind;
 use crate::vmx::vmcs::{Field, guest};
 
 const CR0_PE: u64 = 1;
-const CR0_EM_TS: u64 = 1 << 2 | 1 << 3;
-const CR4_OSFXSR: u64 = 1 << 9;
 const CR4_OSXSAVE: u64 = 1 << 18;
-const XCR0_SSE_AVX: u64 = 6;
 const EFER_LMA: u64 = 1 << 10;
 const RFLAGS_VM: u64 = 1 << 17;
 const RFLAGS_AC: u64 = 1 << 18;
@@ -313,14 +311,6 @@ impl<'a> Execution<'a> {
         Ok((first, in_page, translate(self, next)?))
     }
 
-    /// Whether `bytes` bytes can be written.
-    pub(super) fn check_store(&mut self, linear: u64, bytes: usize) -> Result<(), Exception> {
-        self.pieces(linear, bytes, |this, at| {
-            this.translate(at, Operation::Write)
-        })
-        .map(|_| ())
-    }
-
     /// Writes as code at privilege level `cpl` would.
     pub(super) fn store_at_level(
         &mut self,
@@ -349,26 +339,6 @@ impl<'a> Execution<'a> {
         self.vcpu.write_physical(first, head);
         if !tail.is_empty() {
             self.vcpu.write_physical(second, tail);
-        }
-    }
-
-    /// Whether the guest may use a register, as its instruction would have found out.
-    fn check_vector(&self, register: VectorRegister, vex: bool) -> Result<(), EmulateError> {
-        let vcpu = &*self.vcpu;
-        let cr4 = vcpu.cr4();
-        let off = vcpu.cr0() & CR0_EM_TS != 0
-            || match register {
-                VectorRegister::Mmx(_) => vector::x87_exception_is_pending(),
-                VectorRegister::Xmm(_) if !vex => cr4 & CR4_OSFXSR == 0,
-                VectorRegister::Xmm(_) | VectorRegister::Ymm(_) => {
-                    // SAFETY: the guest has XSAVE on, so that this CPU and the host have it.
-                    cr4 & CR4_OSXSAVE == 0 || unsafe { cpu::xcr0() } & XCR0_SSE_AVX != XCR0_SSE_AVX
-                }
-            };
-        if off {
-            Err(EmulateError::Unsupported)
-        } else {
-            Ok(())
         }
     }
 }
@@ -420,6 +390,13 @@ impl Machine for Execution<'_> {
         Ok(())
     }
 
+    fn check_store(&mut self, linear: u64, bytes: usize) -> Result<(), Exception> {
+        self.pieces(linear, bytes, |this, at| {
+            this.translate(at, Operation::Write)
+        })
+        .map(|_| ())
+    }
+
     fn addressing(&self) -> Addressing {
         self.addressing
     }
@@ -430,6 +407,18 @@ impl Machine for Execution<'_> {
 
     fn cr0(&self) -> u64 {
         self.vcpu.cr0()
+    }
+
+    fn cr4(&self) -> u64 {
+        self.vcpu.cr4()
+    }
+
+    fn xcr0(&self) -> u64 {
+        if self.cr4() & CR4_OSXSAVE == 0 {
+            return 0;
+        }
+        // SAFETY: the guest has XSAVE on, so that this CPU and the host have it.
+        unsafe { cpu::xcr0() }
     }
 
     fn segment(&self, segment: Segment) -> SegmentRegister {
@@ -483,11 +472,10 @@ impl Machine for Execution<'_> {
         self.loaded_stack_segment = true;
     }
 
-    fn vector(&mut self, register: VectorRegister, bytes: &mut [u8]) -> Result<(), EmulateError> {
-        self.check_vector(register, false)?;
+    fn vector(&mut self, register: VectorRegister, bytes: &mut [u8]) {
         let mut image = [0u8; 32];
         let at = image.as_mut_ptr();
-        // SAFETY: `check_vector` has said that the guest uses them; the largest has 32 bytes.
+        // SAFETY: the guest has it switched on; the largest has 32 bytes.
         unsafe {
             match register {
                 VectorRegister::Mmx(number) => vector::store_mmx_register(number, at),
@@ -498,16 +486,9 @@ impl Machine for Execution<'_> {
         for (byte, value) in bytes.iter_mut().zip(image) {
             *byte = value;
         }
-        Ok(())
     }
 
-    fn set_vector(
-        &mut self,
-        register: VectorRegister,
-        bytes: &[u8],
-        vex: bool,
-    ) -> Result<(), EmulateError> {
-        self.check_vector(register, vex)?;
+    fn set_vector(&mut self, register: VectorRegister, bytes: &[u8], vex: bool) {
         let mut image = [0u8; 32];
         for (value, byte) in image.iter_mut().zip(bytes) {
             *value = *byte;
@@ -524,7 +505,19 @@ impl Machine for Execution<'_> {
                 VectorRegister::Ymm(number) => vector::load_ymm_register(number, at),
             }
         }
-        Ok(())
+    }
+
+    fn x87_exception_is_pending(&self) -> bool {
+        vector::x87_exception_is_pending()
+    }
+
+    fn execute(&mut self, what: FpuInstruction, image: &mut Image, components: u64) -> bool {
+        // SAFETY: the trait's conditions; the hypervisor handles exceptions.
+        unsafe { what.execute(image, components) }
+    }
+
+    fn xsave_size(&self, components: u64, compacted: bool) -> usize {
+        self.vcpu.cpuid.xsave_size(components, compacted) as usize
     }
 }
 

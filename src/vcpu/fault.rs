@@ -10,6 +10,8 @@ pub enum Exception {
     Debug,
     BoundRange,
     InvalidOpcode,
+    /// CR0.TS or CR0.EM.
+    DeviceNotAvailable,
     DoubleFault,
     /// With error code 0.
     GeneralProtection,
@@ -20,6 +22,8 @@ pub enum Exception {
         error_code: u32,
         address: u64,
     },
+    /// Of x87.
+    FloatingPoint,
     AlignmentCheck,
 }
 
@@ -58,10 +62,12 @@ impl Exception {
             Self::Debug => 1,
             Self::BoundRange => 5,
             Self::InvalidOpcode => 6,
+            Self::DeviceNotAvailable => 7,
             Self::DoubleFault => 8,
             Self::GeneralProtection => 13,
             Self::Segment(fault, _) => fault as u8,
             Self::PageFault { .. } => 14,
+            Self::FloatingPoint => 16,
             Self::AlignmentCheck => 17,
         }
     }
@@ -69,7 +75,12 @@ impl Exception {
     /// What protected mode pushes behind the return address; real mode never pushes one.
     pub const fn error_code(self) -> Option<u32> {
         match self {
-            Self::DivideError | Self::Debug | Self::BoundRange | Self::InvalidOpcode => None,
+            Self::DivideError
+            | Self::Debug
+            | Self::BoundRange
+            | Self::InvalidOpcode
+            | Self::DeviceNotAvailable
+            | Self::FloatingPoint => None,
             Self::DoubleFault | Self::GeneralProtection | Self::AlignmentCheck => Some(0),
             Self::Segment(_, error_code) => Some(error_code as u32),
             Self::PageFault { error_code, .. } => Some(error_code),
@@ -84,6 +95,8 @@ impl fmt::Display for Exception {
             Self::Debug => "#DB",
             Self::BoundRange => "#BR",
             Self::InvalidOpcode => "#UD",
+            Self::DeviceNotAvailable => "#NM",
+            Self::FloatingPoint => "#MF",
             Self::Segment(SegmentFault::InvalidTss, _) => "#TS",
             Self::Segment(SegmentFault::NotPresent, _) => "#NP",
             Self::Segment(SegmentFault::Stack, _) => "#SS",

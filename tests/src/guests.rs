@@ -50,8 +50,8 @@ pub fn add(suite: &mut Suite) {
         stopped(
             case,
             "fpu_mmio",
-            "about to load a float from a device",
-            "the instruction at 0x@, which accesses 0xfec00000, is not emulated: d9 @ @ @ @ @ @ @ @ @ @ @ @ @ @",
+            "about to add a vector from a device",
+            "the instruction at 0x@, which accesses 0xfec00000, is not emulated: 0f 58 @ @ @ @ @ @ @ @ @ @ @ @ @",
         )
     });
     suite.add("guests::vmxon", |case| {

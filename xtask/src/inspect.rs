@@ -19,6 +19,7 @@ const STATE_SWITCH: &[&str] = &[
     "store_ymm_register",
     "load_ymm_register",
     "x87_exception_is_pending",
+    "fpu_instructions",
 ];
 
 /// The kernel's loaded bytes must stay below this.

@@ -7,9 +7,9 @@
 //! have several. Registers and flags are left as the CPU would leave them; where
 //! the instruction faults, as they were.
 //!
-//! Covered are the integer instructions that have a memory operand, on the stack too, and
-//! the moves of MMX, SSE and AVX. x87, vector arithmetic, EVEX, and what switches the
-//! privilege level are not. Nearly all accesses to devices are plain moves, which have a
+//! Covered are the integer instructions that have a memory operand, on the stack too, x87,
+//! the moves of MMX, SSE and AVX, and what saves and restores their state. Vector arithmetic,
+//! EVEX, and what switches the privilege level are not. Nearly all accesses to devices are plain moves, which have a
 //! form of their own ([`Move`]), or [`Arithmetic`].
 //!
 //! | module | what it has |
@@ -17,11 +17,13 @@
 //! | [`operand`] | registers, effective addresses, immediates |
 //! | [`alu`], [`shift`], [`bits`], [`multiply`] | arithmetic and its flags, on numbers alone |
 //! | [`integer`] | instructions that use it |
-//! | [`stack`], [`string`], [`system`], [`vector`] | the others |
+//! | [`fpu`], [`vector`] | x87, MMX, SSE and AVX |
+//! | [`stack`], [`string`], [`system`] | the others |
 
 mod alu;
 mod arithmetic;
 mod bits;
+mod fpu;
 mod integer;
 mod moves;
 mod multiply;
@@ -37,8 +39,10 @@ mod tests;
 
 use super::fault::Exception;
 use super::segmentation::{Addressing, DescriptorTables, Segment, SegmentRegister, TableRegister};
+use crate::arch::fpu::{FpuInstruction, Image};
 use crate::arch::registers::GeneralRegisters;
 pub use arithmetic::Arithmetic;
+use fpu::Escape;
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
 pub use moves::Move;
 
@@ -101,7 +105,7 @@ pub enum VectorRegister {
 
 /// What an instruction is executed on, beside general registers, RIP and RFLAGS.
 pub trait Machine: DescriptorTables {
-    /// Reads memory at a linear address with the guest's own rights. 1 to 64 bytes.
+    /// Reads memory at a linear address with the guest's own rights. 1 to 4096 bytes.
     ///
     /// # Errors
     /// #PF.
@@ -113,9 +117,18 @@ pub trait Machine: DescriptorTables {
     /// #PF.
     fn store(&mut self, linear: u64, bytes: &[u8]) -> Result<(), Exception>;
 
+    /// Whether `bytes` bytes can be written there.
+    ///
+    /// # Errors
+    /// #PF.
+    fn check_store(&mut self, linear: u64, bytes: usize) -> Result<(), Exception>;
+
     fn addressing(&self) -> Addressing;
     fn cpl(&self) -> u8;
     fn cr0(&self) -> u64;
+    fn cr4(&self) -> u64;
+    /// 0 where XSAVE is switched off.
+    fn xcr0(&self) -> u64;
     fn segment(&self, segment: Segment) -> SegmentRegister;
     fn set_segment(&mut self, segment: Segment, register: SegmentRegister);
     fn system_segment(&self, segment: SystemSegment) -> SegmentRegister;
@@ -132,17 +145,21 @@ pub trait Machine: DescriptorTables {
     /// SS has been loaded: interrupts are held back behind the next instruction.
     fn hold_interrupts(&mut self);
 
-    /// Reads as many bytes of a vector register as it has.
-    ///
-    /// # Errors
-    /// [`EmulateError::Unsupported`] where the guest has switched them off.
-    fn vector(&mut self, register: VectorRegister, bytes: &mut [u8]) -> Result<()>;
+    /// Reads as many bytes of a vector register as it has. The guest has it switched on.
+    fn vector(&mut self, register: VectorRegister, bytes: &mut [u8]);
 
     /// Writes it. With `vex` the part above the bytes becomes 0; without, it stays.
-    ///
-    /// # Errors
-    /// [`EmulateError::Unsupported`] where the guest has switched them off.
-    fn set_vector(&mut self, register: VectorRegister, bytes: &[u8], vex: bool) -> Result<()>;
+    fn set_vector(&mut self, register: VectorRegister, bytes: &[u8], vex: bool);
+
+    /// Whether the next instruction of x87 that waits raises #MF.
+    fn x87_exception_is_pending(&self) -> bool;
+
+    /// Executes an instruction on `image`, with `components` in EDX:EAX; false is #GP. The guest
+    /// has it switched on, and it does not raise #MF.
+    fn execute(&mut self, what: FpuInstruction, image: &mut Image, components: u64) -> bool;
+
+    /// Bytes of an area of XSAVE with these components.
+    fn xsave_size(&self, components: u64, compacted: bool) -> usize;
 }
 
 /// The registers that an instruction is executed on.
@@ -167,6 +184,7 @@ pub enum Progress {
 pub struct Decoded {
     instruction: Instruction,
     mode: Mode,
+    escape: Option<Escape>,
 }
 
 /// Makes the decoder's tables. It would do so at the first instruction, which then takes
@@ -201,7 +219,11 @@ impl Decoded {
         let mut decoder = Decoder::with_ip(bitness, bytes, rip, DecoderOptions::NONE);
         let instruction = decoder.decode();
         match decoder.last_error() {
-            DecoderError::None => Ok(Self { instruction, mode }),
+            DecoderError::None => Ok(Self {
+                instruction,
+                mode,
+                escape: Escape::of(bytes, mode),
+            }),
             DecoderError::NoMoreBytes if bytes.len() < 15 => Err(EmulateError::Incomplete),
             _ if has_evex(bytes, mode) => Err(EmulateError::Unsupported),
             _ => Err(Exception::InvalidOpcode.into()),
@@ -245,6 +267,7 @@ impl Decoded {
         let mut step = Step {
             instruction: &self.instruction,
             mode: self.mode,
+            escape: self.escape,
             next: match self.mode {
                 Mode::Bits64 => next,
                 Mode::Bits32 | Mode::Bits16 => next & 0xffff_ffff,
@@ -260,6 +283,7 @@ impl Decoded {
 struct Step<'a, 'b, M> {
     instruction: &'a Instruction,
     mode: Mode,
+    escape: Option<Escape>,
     /// Where the next instruction is.
     next: u64,
     registers: &'a mut Registers<'b>,
@@ -273,6 +297,10 @@ impl<M: Machine> Step<'_, '_, M> {
         }
         if let Some(transfer) = vector::Transfer::of(self.instruction) {
             self.transfer(transfer)?;
+        } else if let Some(escape) = self.escape {
+            self.x87(escape)?;
+        } else if let Some(state) = fpu::State::of(self.instruction) {
+            self.state(state)?;
         } else if !self.stack()? && !self.system()? {
             self.integer()?;
         }

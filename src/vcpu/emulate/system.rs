@@ -42,7 +42,7 @@ impl<M: Machine> Step<'_, '_, M> {
     }
 
     /// Privileged instructions, where the code has become one since the CPU executed it.
-    fn check_privileged(&self) -> Result<()> {
+    pub(super) fn check_privileged(&self) -> Result<()> {
         let level = match self.machine.addressing() {
             Addressing::Real => 0,
             _ => self.machine.cpl(),

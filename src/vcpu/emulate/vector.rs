@@ -1,5 +1,6 @@
 //! Moves between memory and the registers of MMX, SSE and AVX.
 
+use super::fpu::Unit;
 use super::{EmulateError, Intent, Machine, Result, Step, VectorRegister};
 use crate::vcpu::fault::Exception;
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
@@ -130,6 +131,11 @@ impl<M: Machine> Step<'_, '_, M> {
             aligned,
             vex,
         } = transfer;
+        self.check_unit(match register {
+            VectorRegister::Mmx(_) => Unit::Mmx,
+            VectorRegister::Xmm(_) | VectorRegister::Ymm(_) if vex => Unit::Avx,
+            VectorRegister::Xmm(_) | VectorRegister::Ymm(_) => Unit::Sse,
+        })?;
         let (segment, offset) = self.address()?;
         let linear = self.linear(segment, offset, bytes as u64, store)?;
         if aligned && linear & (bytes as u64 - 1) != 0 {
@@ -140,7 +146,7 @@ impl<M: Machine> Step<'_, '_, M> {
         let all = ..register.bytes();
         if store {
             self.machine
-                .vector(register, image.get_mut(all).unwrap_or_default())?;
+                .vector(register, image.get_mut(all).unwrap_or_default());
             let bytes = image.get(moved).unwrap_or_default();
             return Ok(self.machine.store(linear, bytes)?);
         }
@@ -151,16 +157,12 @@ impl<M: Machine> Step<'_, '_, M> {
                 register
             };
             self.machine
-                .vector(kept, image.get_mut(all).unwrap_or_default())?;
-        } else {
-            // Whether it may be written is to be known before a device is read.
-            let mut old = [0; 32];
-            self.machine
-                .vector(register, old.get_mut(all).unwrap_or_default())?;
+                .vector(kept, image.get_mut(all).unwrap_or_default());
         }
         let target = image.get_mut(moved).unwrap_or_default();
         self.machine.load(linear, target, Intent::Read)?;
         let all = image.get(all).unwrap_or_default();
-        self.machine.set_vector(register, all, vex)
+        self.machine.set_vector(register, all, vex);
+        Ok(())
     }
 }

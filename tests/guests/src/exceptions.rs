@@ -58,6 +58,7 @@ pub mod vector {
     pub const STACK: u8 = 12;
     pub const GENERAL_PROTECTION: u8 = 13;
     pub const PAGE_FAULT: u8 = 14;
+    pub const FLOATING_POINT: u8 = 16;
 }
 
 impl fmt::Display for Exception {
@@ -74,6 +75,7 @@ impl fmt::Display for Exception {
             vector::STACK => "#SS",
             vector::GENERAL_PROTECTION => "#GP",
             vector::PAGE_FAULT => "#PF",
+            vector::FLOATING_POINT => "#MF",
             _ => "exception",
         };
         write!(

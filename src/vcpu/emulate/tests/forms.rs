@@ -212,9 +212,7 @@ fn what_is_no_instruction_is_undefined_and_what_is_not_emulated_touches_nothing(
         (&[0x89], Err(EmulateError::Incomplete)),
         (&[], Err(EmulateError::Incomplete)),
         (&[0x66; 15], undefined),                              // too long
-        (&[0xd9, 0x00], Err(EmulateError::Unsupported)),       // fld
         (&[0x0f, 0x58, 0x00], Err(EmulateError::Unsupported)), // addps
-        (&[0x0f, 0xae, 0x00], Err(EmulateError::Unsupported)), // fxsave
         (
             &[0x62, 0xf1, 0x7c, 0x48, 0x10, 0x00],
             Err(EmulateError::Unsupported),

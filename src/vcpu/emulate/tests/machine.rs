@@ -12,11 +12,14 @@ pub struct Ram {
     pub addressing: Addressing,
     pub cpl: u8,
     pub cr0: u64,
+    pub cr4: u64,
     pub segments: [SegmentRegister; 6],
     pub system: [SegmentRegister; 2],
     pub tables: [TableRegister; 2],
     pub vectors: [[u8; 32]; 16],
     pub mmx: [[u8; 8]; 8],
+    /// For XRSTOR: x87, SSE and AVX, where instructions are executed with that, by this CPU.
+    pub fpu: Option<Box<Image>>,
     pub held: bool,
     /// Accesses: writes with `true`, their addresses and sizes.
     pub log: Vec<(bool, u64, usize)>,
@@ -48,11 +51,13 @@ impl Ram {
             addressing,
             cpl: 0,
             cr0: 1,
+            cr4: 1 << 9 | 1 << 18,
             segments: [data, segment(code), data, data, data, data],
             system: [SegmentRegister::null(0); 2],
             tables: [TableRegister::default(); 2],
             vectors: [[0; 32]; 16],
             mmx: [[0; 8]; 8],
+            fpu: None,
             held: false,
             log: Vec::new(),
         }
@@ -105,7 +110,7 @@ impl DescriptorTables for Ram {
 
 impl Machine for Ram {
     fn load(&mut self, linear: u64, bytes: &mut [u8], intent: Intent) -> Result<(), Exception> {
-        assert!((1..=64).contains(&bytes.len()));
+        assert!((1..=4096).contains(&bytes.len()));
         let start = self.range(linear, bytes.len(), intent == Intent::Modify)?;
         bytes.copy_from_slice(&self.memory[start..start + bytes.len()]);
         self.log.push((false, linear, bytes.len()));
@@ -113,11 +118,15 @@ impl Machine for Ram {
     }
 
     fn store(&mut self, linear: u64, bytes: &[u8]) -> Result<(), Exception> {
-        assert!((1..=64).contains(&bytes.len()));
+        assert!((1..=4096).contains(&bytes.len()));
         let start = self.range(linear, bytes.len(), true)?;
         self.memory[start..start + bytes.len()].copy_from_slice(bytes);
         self.log.push((true, linear, bytes.len()));
         Ok(())
+    }
+
+    fn check_store(&mut self, linear: u64, bytes: usize) -> Result<(), Exception> {
+        self.range(linear, bytes, true).map(|_| ())
     }
 
     fn addressing(&self) -> Addressing {
@@ -130,6 +139,14 @@ impl Machine for Ram {
 
     fn cr0(&self) -> u64 {
         self.cr0
+    }
+
+    fn cr4(&self) -> u64 {
+        self.cr4
+    }
+
+    fn xcr0(&self) -> u64 {
+        if self.cr4 & 1 << 18 == 0 { 0 } else { 7 }
     }
 
     fn segment(&self, segment: Segment) -> SegmentRegister {
@@ -165,22 +182,16 @@ impl Machine for Ram {
         self.held = true;
     }
 
-    fn vector(&mut self, register: VectorRegister, bytes: &mut [u8]) -> super::super::Result<()> {
+    fn vector(&mut self, register: VectorRegister, bytes: &mut [u8]) {
         match register {
             VectorRegister::Mmx(number) => bytes.copy_from_slice(&self.mmx[number as usize]),
             VectorRegister::Xmm(number) | VectorRegister::Ymm(number) => {
                 bytes.copy_from_slice(&self.vectors[number as usize][..bytes.len()]);
             }
         }
-        Ok(())
     }
 
-    fn set_vector(
-        &mut self,
-        register: VectorRegister,
-        bytes: &[u8],
-        vex: bool,
-    ) -> super::super::Result<()> {
+    fn set_vector(&mut self, register: VectorRegister, bytes: &[u8], vex: bool) {
         match register {
             VectorRegister::Mmx(number) => self.mmx[number as usize].copy_from_slice(bytes),
             VectorRegister::Xmm(number) | VectorRegister::Ymm(number) => {
@@ -191,6 +202,44 @@ impl Machine for Ram {
                 }
             }
         }
-        Ok(())
+    }
+
+    fn x87_exception_is_pending(&self) -> bool {
+        // The error summary of the status word.
+        self.fpu
+            .as_ref()
+            .is_some_and(|state| state.0[2] & 0x80 != 0)
+    }
+
+    fn execute(&mut self, what: FpuInstruction, image: &mut Image, components: u64) -> bool {
+        let Some(state) = &mut self.fpu else {
+            return true;
+        };
+        let mut own = Image::EMPTY;
+        // SAFETY: this CPU has AVX where there is such a state, all of which is there again
+        // afterwards, and nothing in between uses any of it.
+        unsafe {
+            exchange(&mut own, state);
+            let done = what.execute(image, components);
+            exchange(state, &own);
+            done
+        }
+    }
+
+    fn xsave_size(&self, components: u64, compacted: bool) -> usize {
+        let _ = compacted;
+        if components & 4 == 0 { 576 } else { 832 }
+    }
+}
+
+/// Takes the state that the CPU has, and loads another.
+///
+/// # Safety
+/// The compiler does not know that the registers have changed.
+#[inline(always)]
+pub unsafe fn exchange(taken: &mut Image, loaded: &Image) {
+    // SAFETY: both have room for it, and are aligned.
+    unsafe {
+        core::arch::asm!("xsave64 [{}]", "xrstor64 [{}]", in(reg) taken, in(reg) loaded, in("eax") 7, in("edx") 0);
     }
 }

@@ -1,4 +1,5 @@
 mod forms;
+mod fpu;
 mod fuzz;
 mod machine;
 mod native;

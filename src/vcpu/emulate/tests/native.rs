@@ -15,13 +15,13 @@ use std::sync::Mutex;
 /// What an instruction runs with, and what it leaves behind.
 #[repr(C, align(64))]
 #[derive(Clone)]
-struct State {
+pub(super) struct State {
     /// Of XSAVE: x87, SSE, AVX.
-    vectors: [u8; 1024],
-    general: GeneralRegisters,
-    rflags: u64,
-    code: u64,
-    host_rsp: u64,
+    pub vectors: [u8; 1024],
+    pub general: GeneralRegisters,
+    pub rflags: u64,
+    pub code: u64,
+    pub host_rsp: u64,
 }
 
 const MMX: usize = 32;
@@ -121,18 +121,18 @@ const BUFFER: usize = 512;
 const PAGE: usize = 4096;
 
 /// Memory below 2 GiB: a page of code, and one of data.
-struct Lab {
-    code: *mut u8,
-    data: *mut u8,
+pub(super) struct Lab {
+    pub code: *mut u8,
+    pub data: *mut u8,
 }
 
 // SAFETY: used with [`LAB`] locked.
 unsafe impl Send for Lab {}
 
-static LAB: Mutex<Option<Lab>> = Mutex::new(None);
+pub(super) static LAB: Mutex<Option<Lab>> = Mutex::new(None);
 
 impl Lab {
-    fn new() -> Self {
+    pub fn new() -> Self {
         const READ_WRITE_EXECUTE: u64 = 7;
         const PRIVATE_ANONYMOUS_32BIT: u64 = 0x62;
         let mut result = 9u64; // mmap
@@ -151,7 +151,7 @@ impl Lab {
     }
 
     /// Executes `code` with `state` and the memory.
-    fn run(&self, code: &[u8], state: &mut State, memory: &mut [u8]) {
+    pub fn run(&self, code: &[u8], state: &mut State, memory: &mut [u8]) {
         // jmp [rip]; the address.
         let mut all = code.to_vec();
         all.extend([0xff, 0x25, 0, 0, 0, 0]);
@@ -226,6 +226,8 @@ fn is_harmless(instruction: &Instruction) -> bool {
             M::Popf | M::Popfq | M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw | M::Lfs | M::Lgs | M::Lss
                 // Their effect is on the address, or on nothing.
                 | M::Nop | M::Enter
+                // See `fpu`.
+                | M::Ldmxcsr | M::Stmxcsr | M::Vldmxcsr | M::Vstmxcsr
         )
 }
 
@@ -279,13 +281,12 @@ fn code(random: &mut Random) -> Vec<u8> {
     code
 }
 
-/// Registers that have the operands in the memory at `base`.
-fn aim(instruction: &Instruction, random: &mut Random, base: u64) -> GeneralRegisters {
+/// Registers that have the operands at `middle`, or a little behind it.
+pub(super) fn aim(instruction: &Instruction, random: &mut Random, middle: u64) -> GeneralRegisters {
     let mut registers = GeneralRegisters::default();
     for index in 0..16 {
         registers.set(index, random.number());
     }
-    let middle = base + BUFFER as u64 / 2;
     // Aligned often, for the moves that must be.
     let target = middle + (random.below(64) & random.pick(&[!0, !15, !31]));
     registers.rsp = middle + 8 * random.below(8);
@@ -329,8 +330,8 @@ fn aim(instruction: &Instruction, random: &mut Random, base: u64) -> GeneralRegi
     registers
 }
 
-/// Points an operand without registers at the memory.
-fn patch(code: &mut [u8], instruction: &Instruction, base: u64, code_base: u64) {
+/// Points an operand without registers at `target`.
+pub(super) fn patch(code: &mut [u8], instruction: &Instruction, target: u64, code_base: u64) {
     let mut decoder = Decoder::with_ip(64, code, code_base, DecoderOptions::NONE);
     let _ = decoder.decode();
     let offsets = decoder.get_constant_offsets(instruction);
@@ -338,7 +339,6 @@ fn patch(code: &mut [u8], instruction: &Instruction, base: u64, code_base: u64) 
         instruction.memory_base() == Register::None && instruction.memory_index() == Register::None;
     let relative = instruction.is_ip_rel_memory_operand();
     if offsets.has_displacement() && (none || relative) {
-        let target = base + BUFFER as u64 / 2;
         let value = if relative {
             target.wrapping_sub(code_base + instruction.len() as u64)
         } else {
@@ -434,10 +434,11 @@ fn instructions_do_what_this_cpu_does() {
         if !is_harmless(&instruction) {
             continue;
         }
-        patch(&mut code, &instruction, base, rip);
+        let middle = base + BUFFER as u64 / 2;
+        patch(&mut code, &instruction, middle, rip);
         let decoded = Decoded::new(&code, Mode::Bits64, rip).unwrap();
         let instruction = decoded.instruction;
-        let before = aim(&instruction, &mut random, base);
+        let before = aim(&instruction, &mut random, middle);
         let mut state = State {
             vectors: [0; 1024],
             general: before,

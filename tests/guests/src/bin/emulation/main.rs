@@ -3,6 +3,8 @@
 #![no_std]
 #![no_main]
 
+mod fpu;
+
 use vireo_test_guests::cpu::{self, cr4};
 use vireo_test_guests::descriptors::FAULT_STACK_INDEX;
 use vireo_test_guests::exceptions::{self, Exception, is_gp, vector};
@@ -29,6 +31,7 @@ fn run() {
     faults();
     accessed_and_dirty();
     vectors();
+    fpu::run();
     system();
     steps();
     compatibility();
