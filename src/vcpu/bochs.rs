@@ -1,4 +1,4 @@
-//! What Bochs 2.7 does wrong with interrupts and with privilege levels, and how guests are kept
+//! What Bochs 2.7 does wrong with interrupts, privilege levels and segments, and how guests are kept
 //! from it there.
 //!
 //! - A host interrupt does not end a guest that was entered with interrupts off and
@@ -14,10 +14,13 @@
 //! - VM entry takes the privilege level from the selector of CS, and not from SS (SDM 3, 27.3.1.2).
 //!   Where a guest has just left real mode, that is a paragraph. So its lowest bits are 0 until
 //!   the guest loads CS or goes back.
+//! - A segment register that was null and is loaded in real mode is usable and has no type, which
+//!   the next VM entry refuses. It gets one when that has happened.
 //!
 //! Bochs is told by the rate of its preemption timer, that of the time-stamp counter:
 //! IA32_VMX_MISC gives 5 or more on silicon. A CPU without that timer is taken for it.
 
+use super::segmentation::{Rights, Segment};
 use super::{SetupError, Vcpu};
 use crate::arch::cpu;
 use crate::devices::Ticks;
@@ -88,6 +91,27 @@ impl Vcpu {
             selector
         };
         self.vmcs.write(guest::CS_SELECTOR, correct);
+    }
+
+    /// Makes writable data of the segments that have no type in real mode; false where none is
+    /// so, and an entry was refused for another reason.
+    #[cold]
+    pub(super) fn give_segments_a_type(&mut self) -> bool {
+        use Segment::{Ds, Es, Fs, Gs, Ss};
+        const PROTECTION: u64 = 1;
+        if self.cr0() & PROTECTION != 0 {
+            return false;
+        }
+        let mut any = false;
+        for segment in [Es, Ss, Ds, Fs, Gs] {
+            let mut register = self.segment(segment);
+            if register.rights.has_no_type() {
+                register.rights.0 |= Rights::WRITABLE_OR_READABLE | Rights::ACCESSED;
+                self.set_segment(segment, register);
+                any = true;
+            }
+        }
+        any
     }
 
     /// Lets host interrupts in while `wait` runs, which takes them.

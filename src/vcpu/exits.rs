@@ -72,7 +72,8 @@ impl Vcpu {
             Exit::Init => self.end(End::Unsupported("an INIT signal")),
             Exit::StartUp => self.end(End::Unsupported("a start-up IPI")),
             Exit::EptMisconfiguration(gpa) => self.end(End::EptMisconfiguration(gpa)),
-            Exit::EntryFailure { .. } if self.wrap_instruction_pointer() => {}
+            Exit::EntryFailure { .. }
+                if self.wrap_instruction_pointer() || self.give_segments_a_type() => {}
             Exit::EntryFailure {
                 reason,
                 qualification,

@@ -44,7 +44,7 @@ impl Rights {
     pub const VIRTUAL_8086: Self = Self(0xf3);
 
     pub const ACCESSED: u32 = 1;
-    const WRITABLE_OR_READABLE: u32 = 1 << 1;
+    pub const WRITABLE_OR_READABLE: u32 = 1 << 1;
     const EXPAND_DOWN_OR_CONFORMING: u32 = 1 << 2;
     const CODE: u32 = 1 << 3;
     const NOT_SYSTEM: u32 = 1 << 4;
@@ -72,6 +72,11 @@ impl Rights {
     /// Type, and S above it: what says which kind of descriptor it is.
     pub const fn kind(self) -> u32 {
         self.0 & 0x1f
+    }
+
+    /// Usable, and data that is neither writable nor accessed.
+    pub const fn has_no_type(self) -> bool {
+        self.is_usable() && self.kind() == Self::NOT_SYSTEM
     }
 
     pub const fn is_code(self) -> bool {

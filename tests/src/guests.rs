@@ -184,12 +184,21 @@ fn one_after_another(case: &mut Case) -> Result<()> {
     .map(|(name, kernel, rest)| format!("{}apic = \"{rest}\n", entry(name, kernel)))
     .concat();
     config.push_str("statistics = \"times\"\n");
+    config.push_str(
+        "[[vm]]\nname = \"null\"\nmemory = \"2M\"\nfirmware = \"null\"\ntest_device = true\nafter = \"last\"\n",
+    );
     let (pc, triple) = (build::guest("pc")?, build::guest("triple")?);
     let files = [
         ("pc", &*paths::read(&pc)?),
         ("triple", &*paths::read(&triple)?),
+        ("null", &null_segment_of_real_mode()),
     ];
     let seen = case.machine().volume(&config, &files)?.limit(300).run()?;
+    case.check(
+        "a register that was null is loaded in real mode",
+        said(&seen, "vireo: vm null: ended with code 33"),
+        &seen.console,
+    );
     for name in ["first", "last"] {
         let start = format!("vireo: vm {name}: started");
         let end = format!("vireo: vm {name}: powered off");
@@ -210,6 +219,31 @@ fn one_after_another(case: &mut Case) -> Result<()> {
         format!("{:?}", seen.ending),
     );
     Ok(())
+}
+
+/// Firmware that loads FS with null in protected mode, with something in real mode, and exits.
+fn null_segment_of_real_mode() -> Vec<u8> {
+    const CODE: &[u8] = &[
+        0x0f, 0x20, 0xc0, // MOV EAX, CR0
+        0x0c, 0x01, // OR AL, 1
+        0x0f, 0x22, 0xc0, // MOV CR0, EAX
+        0x31, 0xdb, // XOR BX, BX
+        0x8e, 0xe3, // MOV FS, BX
+        0x24, 0xfe, // AND AL, 0xfe
+        0x0f, 0x22, 0xc0, // MOV CR0, EAX
+        0xb3, 0x40, // MOV BL, 0x40
+        0x8e, 0xe3, // MOV FS, BX
+        0x0f, 0xa2, // CPUID
+        0xb0, 0x21, // MOV AL, 0x21
+        0xe6, 0xf4, // OUT 0xf4, AL
+        0xeb, 0xfe, // JMP to itself
+    ];
+    const ENTRY: usize = 0xff0;
+    let mut image = vec![0x90; 0x1000];
+    image[..CODE.len()].copy_from_slice(CODE);
+    // JMP to the start, where CS has its base 64 KiB below the end.
+    image[ENTRY..ENTRY + 3].copy_from_slice(&[0xe9, 0x0d, 0xf0]);
+    image
 }
 
 /// The table of exit times is there for the guest `last` only, and is right in itself.
