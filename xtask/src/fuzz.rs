@@ -68,6 +68,9 @@ pub struct Options {
     /// How much of the guest's local APIC the CPU is
     #[arg(long, value_name = "TIER", default_value = "auto")]
     apic: String,
+    /// CPUs of the machine: with two the guest's second one does what it does at the same time
+    #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
+    smp: u8,
     /// What the machine runs on
     #[arg(long, value_enum, default_value_t = PlatformChoice::Auto)]
     platform: PlatformChoice,
@@ -273,8 +276,9 @@ impl Session {
     fn start(options: &Options, folder: &Path, limit: u64) -> Result<Self> {
         let quoted = |path: &Path| format!("'{}'", path.display());
         let mut line = format!(
-            "{} run --timeout {limit} --config {} --folder {}",
+            "{} run --smp {} --timeout {limit} --config {} --folder {}",
             quoted(&std::env::current_exe()?),
+            options.smp,
             quoted(&folder.join("vireo.toml")),
             quoted(&folder.join("machine"))
         );

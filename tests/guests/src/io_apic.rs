@@ -3,6 +3,7 @@
 use crate::memory::{read32, write32};
 
 pub const BASE: u64 = 0xfec0_0000;
+const PINS: u32 = 24;
 const DATA: u64 = BASE + 0x10;
 
 /// Bits of a redirection entry.
@@ -35,4 +36,11 @@ pub fn redirect(pin: u32, entry: u64) {
     write(0x10 + 2 * pin, entry::MASKED as u32);
     write(0x11 + 2 * pin, (entry >> 32) as u32);
     write(0x10 + 2 * pin, entry as u32);
+}
+
+/// Masks all pins.
+pub fn mask_all() {
+    for pin in 0..PINS {
+        write(0x10 + 2 * pin, entry::MASKED as u32);
+    }
 }

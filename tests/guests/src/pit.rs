@@ -16,6 +16,16 @@ pub fn start(counter: u8, mode: u8, count: u16) {
     out8(COUNTER_0 + u16::from(counter), high);
 }
 
+/// Sets `mode` for counts of one byte, each of which [`count_down`] starts.
+pub fn set_short(counter: u8, mode: u8) {
+    out8(CONTROL, counter << 6 | 0x10 | mode << 1);
+}
+
+/// Starts `counter`, whose mode [`set_short`] has set, with `count` (0 is 256).
+pub fn count_down(counter: u8, count: u8) {
+    out8(COUNTER_0 + u16::from(counter), count);
+}
+
 /// Sets the mode, and leaves the counter without a count: it stands still.
 pub fn stop(counter: u8) {
     out8(CONTROL, counter << 6 | 0x30);

@@ -9,6 +9,8 @@ use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 pub const MOST: usize = 16;
 /// The page that they start at: of memory below 1 MiB that nothing else uses.
 const PAGE: u8 = 0x20;
+/// The start-up interrupt that has a CPU begin there.
+pub const START_UP: u32 = apic::entry::START_UP | PAGE as u32;
 /// Bytes of a stack.
 const STACK: usize = 8192;
 
@@ -99,7 +101,7 @@ pub fn init(id: u32) {
 pub fn start_up(id: u32) {
     NEXT.set(id as usize);
     NEXT_STACK.set(STACKS.address() + (id as usize + 1) as u64 * STACK as u64);
-    apic::send(id, apic::entry::START_UP | u32::from(PAGE));
+    apic::send(id, START_UP);
 }
 
 /// INIT and a start-up interrupt; whether it runs after that.
@@ -136,11 +138,16 @@ pub fn is_idle(id: u32) -> bool {
 
 /// Waits a while for something that another CPU does.
 pub fn wait(done: impl Fn() -> bool) -> bool {
+    wait_for(time::tsc_hz() * 2, done)
+}
+
+/// As [`wait`], for so many TSC ticks.
+pub fn wait_for(ticks: u64, done: impl Fn() -> bool) -> bool {
     let is_done = || {
         core::hint::spin_loop();
         done()
     };
-    time::wait(time::tsc_hz() * 2, is_done).is_some()
+    time::wait(ticks, is_done).is_some()
 }
 
 extern "C" fn main() -> ! {

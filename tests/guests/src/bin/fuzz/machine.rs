@@ -1,8 +1,9 @@
 //! What the rounds have to play with, a watch over them, and everything put back behind them.
 
 use crate::random::Random;
+use crate::warden;
 use core::arch::asm;
-use vireo_test_guests::cpu::{self, msr};
+use vireo_test_guests::cpu::{self, msr, rdtsc};
 use vireo_test_guests::descriptors::{self, NMI_STACK_INDEX, SPARE_STACK_INDEX, selector};
 use vireo_test_guests::entry::TABLES;
 use vireo_test_guests::exceptions::{self, Exception, Frame, vector};
@@ -41,11 +42,12 @@ pub const DEVICE_PAGES: u64 = PLACES.len() as u64;
 pub const LOOSE: u64 = WINDOW + 64 * PAGE;
 pub const LOOSE_PAGES: u64 = 8;
 
-/// How often the watch looks, in counts of the 8254.
-const WATCH: u16 = 250;
+const WATCH_COUNTER: u8 = 0;
+/// When the watch looks again, in counts of the 8254.
+const WATCH: u8 = 64;
 /// Steps of a round that are traced, at most.
 const STEPS: u64 = 40;
-/// Looks of the watch in which code has to end.
+/// Looks of the watch in which code has to end, behind the first, which is at any time.
 const PATIENCE: u64 = 2;
 /// Bytes of the stacks that interrupts and exceptions have for themselves.
 const STACK: usize = 16 * 1024;
@@ -147,6 +149,11 @@ pub fn map() {
     paging::map(16 + DEVICE_PAGES, paging::scratch(2), PRESENT | WRITABLE);
 }
 
+/// Where the entry of some page of [`LOOSE`] lies.
+pub fn loose_entry(random: &mut Random) -> u64 {
+    paging::table_entry((LOOSE - WINDOW) / PAGE + random.below(LOOSE_PAGES))
+}
+
 /// Has a page of [`LOOSE`] be as it is to be: what level 3 may access.
 pub fn map_loose(number: u64) {
     let place = match number % 4 {
@@ -179,16 +186,22 @@ pub fn offset(random: &mut Random) -> u64 {
     }
 }
 
-/// Has the 8254 and the I/O APIC look by NMI whether a round ends.
-pub fn arm_watch() {
+/// Has the 8254 and the I/O APIC look by NMI whether a round ends, each time that it is started.
+fn arm_watch() {
     const PIN: u32 = 2;
+    const ONCE: u8 = 0;
     io_apic::redirect(PIN, io_apic::entry::NMI);
-    pit::start(0, 2, WATCH);
+    pit::set_short(WATCH_COUNTER, ONCE);
 }
 
 fn watch(frame: &mut Frame) {
     LOOKED.set(LOOKED.get() + 1);
-    if RUNS.get() && LOOKED.get() > PATIENCE {
+    if !RUNS.get() {
+        return;
+    }
+    if LOOKED.get() <= PATIENCE && !warden::has_called() {
+        pit::count_down(WATCH_COUNTER, WATCH);
+    } else {
         let exception = Exception {
             vector: vector::NMI,
             error: 0,
@@ -219,6 +232,12 @@ pub fn begin() {
     LOOKED.set(0);
     STEPPED.set(0);
     RUNS.set(true);
+    look_soon();
+}
+
+/// Has an NMI come at any time: within what exits, delivers or executes.
+pub fn look_soon() {
+    pit::count_down(WATCH_COUNTER, 1 + rdtsc() as u8 % WATCH);
 }
 
 /// Puts back what code may have changed in the CPU, and watches no longer.
@@ -271,12 +290,31 @@ pub fn restore() {
 }
 
 /// What a round may have changed beside the CPU.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub struct Touched {
     /// What has ports.
     pub ports: bool,
     /// The interrupt controllers in memory, or by MSRs.
     pub apics: bool,
+}
+
+impl Touched {
+    pub const NOTHING: Self = Self {
+        ports: false,
+        apics: false,
+    };
+    pub const PORTS: Self = Self {
+        ports: true,
+        ..Self::NOTHING
+    };
+    pub const APICS: Self = Self {
+        apics: true,
+        ..Self::NOTHING
+    };
+    pub const ALL: Self = Self {
+        ports: true,
+        apics: true,
+    };
 }
 
 /// Puts that back.

@@ -276,6 +276,7 @@ fn run_in_legacy_mode(random: &mut Random) {
             "fuzz: {mode:?} {paging:?} {wanted:x?} {state:x?}"
         ));
     }
+    machine::look_soon();
     // SAFETY: it comes back as it was called, but for what is put back now.
     unsafe { modes_enter() };
     // The task register first: the stacks of the IDT's gates are in the TSS.

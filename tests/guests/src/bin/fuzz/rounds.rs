@@ -4,36 +4,20 @@ use crate::code::{self, Code, RAX, RCX, RDX, RSI};
 use crate::machine::{self, DEVICES, LOOSE, LOOSE_PAGES, Touched};
 use crate::modes;
 use crate::random::Random;
+use crate::warden;
 use vireo_test_guests::cpu::{self, msr as number, rdtsc};
 use vireo_test_guests::exceptions;
 use vireo_test_guests::memory::{read8, read16, read32, read64, write8, write16, write32, write64};
 use vireo_test_guests::paging::{self, PAGE, WINDOW};
 use vireo_test_guests::port::{in8, in16, in32, out8, out16, out32};
-use vireo_test_guests::{apic, time};
+use vireo_test_guests::{apic, io_apic, processors, time};
 
 /// A kind of round.
 type Kind = fn(&mut Random) -> Touched;
 
-const NOTHING: Touched = Touched {
-    ports: false,
-    apics: false,
-};
-const PORTS: Touched = Touched {
-    ports: true,
-    apics: false,
-};
-const APICS: Touched = Touched {
-    ports: false,
-    apics: true,
-};
-const ALL: Touched = Touched {
-    ports: true,
-    apics: true,
-};
-
 /// How often of a hundred, and which.
 const KINDS: [(u64, Kind); 12] = [
-    (20, instructions),
+    (19, instructions),
     (10, other_modes),
     (10, anything),
     (10, model_specific),
@@ -41,7 +25,7 @@ const KINDS: [(u64, Kind); 12] = [
     (14, devices_in_memory),
     (6, control_registers),
     (3, descriptor_tables),
-    (3, interrupt_commands),
+    (4, interrupt_commands),
     (5, page_tables),
     (3, waiting),
     (2, transfers),
@@ -56,7 +40,7 @@ pub fn round(random: &mut Random) -> Touched {
             None => return kind(random),
         }
     }
-    NOTHING
+    Touched::NOTHING
 }
 
 fn instructions(random: &mut Random) -> Touched {
@@ -64,12 +48,20 @@ fn instructions(random: &mut Random) -> Touched {
     let code = Code::likely(random);
     let state = code::registers(random);
     code::run(random, code, &state);
-    if random.once_in(4) { ALL } else { NOTHING }
+    if random.once_in(4) {
+        Touched::ALL
+    } else {
+        Touched::NOTHING
+    }
 }
 
 fn other_modes(random: &mut Random) -> Touched {
     modes::run(random);
-    if random.once_in(4) { ALL } else { NOTHING }
+    if random.once_in(4) {
+        Touched::ALL
+    } else {
+        Touched::NOTHING
+    }
 }
 
 fn anything(random: &mut Random) -> Touched {
@@ -77,7 +69,11 @@ fn anything(random: &mut Random) -> Touched {
     let code = Code::any(random);
     let state = code::registers(random);
     code::run(random, code, &state);
-    if random.once_in(4) { ALL } else { NOTHING }
+    if random.once_in(4) {
+        Touched::ALL
+    } else {
+        Touched::NOTHING
+    }
 }
 
 /// The number of an MSR: mostly one that is known.
@@ -108,7 +104,7 @@ fn model_specific(random: &mut Random) -> Touched {
     let msr = msr(random);
     let old = cpu::rdmsr(msr);
     if random.once_in(3) {
-        return NOTHING;
+        return Touched::NOTHING;
     }
     let value = match (random.below(3), old) {
         (0, Ok(old)) => old ^ 1 << random.below(64),
@@ -128,11 +124,11 @@ fn model_specific(random: &mut Random) -> Touched {
         cpu::wrmsr(msr, old);
     }
     machine::restore();
-    APICS
+    Touched::APICS
 }
 
 /// An interrupt command that ends nobody.
-fn harmless_command(value: u64) -> u64 {
+pub fn harmless_command(value: u64) -> u64 {
     let is_init = value >> 8 & 7 == 5;
     if is_init { value ^ 0x100 } else { value }
 }
@@ -221,7 +217,11 @@ fn ports(random: &mut Random) -> Touched {
             }
         };
     }
-    if wrote { PORTS } else { NOTHING }
+    if wrote {
+        Touched::PORTS
+    } else {
+        Touched::NOTHING
+    }
 }
 
 /// INS, or OUTS where nothing can be ended by it, with or without a repeat prefix.
@@ -234,7 +234,7 @@ fn string_port(random: &mut Random, port: u16) -> u32 {
     let mut state = code::registers(random);
     state[RDX] = port.into();
     if !random.once_in(16) {
-        state[RCX] = random.below(100);
+        state[RCX] = random.below(32);
     }
     code::run(random, Code::of(&[prefix, opcode]), &state);
     0
@@ -260,7 +260,7 @@ fn devices_in_memory(random: &mut Random) -> Touched {
             _ => write64(address, value),
         });
     }
-    APICS
+    Touched::APICS
 }
 
 fn control_registers(random: &mut Random) -> Touched {
@@ -299,7 +299,7 @@ fn control_registers(random: &mut Random) -> Touched {
         }
     };
     code::run(random, code, &state);
-    NOTHING
+    Touched::NOTHING
 }
 
 /// SGDT, SIDT, LIDT and LGDT of what they have stored, with a limit that suffices or not; LLDT and
@@ -327,10 +327,13 @@ fn descriptor_tables(random: &mut Random) -> Touched {
         _ => Code::of(&[0x8e, 0xc0 | (random.below(6) as u8) << 3]),
     };
     code::run(random, code, &state);
-    NOTHING
+    Touched::NOTHING
 }
 
 fn interrupt_commands(random: &mut Random) -> Touched {
+    if random.once_in(16) {
+        return start_ups(random);
+    }
     if random.once_in(4) {
         apic::set_x2apic(!apic::is_x2apic());
     }
@@ -345,7 +348,35 @@ fn interrupt_commands(random: &mut Random) -> Touched {
             cpu::interrupt_window();
         }
     }
-    APICS
+    Touched::APICS
+}
+
+/// INIT, start-up and other interrupts for the warden's CPU, which may begin at another place than
+/// its own, and then it starts again. Seldom INIT is for all, and ends the round's CPU.
+fn start_ups(random: &mut Random) -> Touched {
+    const INIT: u32 = 5;
+    // An NMI ends everything until that CPU has an IDT.
+    io_apic::mask_all();
+    for _ in 0..random.below(6) {
+        let command = match random.below(4) {
+            0 => INIT << 8 | random.next() as u32 & 0xc000,
+            1 => processors::START_UP,
+            2 if random.once_in(16) => 0x600 | random.next() as u32 & 0xff,
+            // No NMI either.
+            _ => random.next() as u32 & 0xc3ff,
+        };
+        let destination = if random.once_in(256) {
+            0xff
+        } else {
+            warden::ID
+        };
+        apic::send(destination, command);
+        if random.once_in(2) {
+            time::spin(random.below(1000));
+        }
+    }
+    warden::restart();
+    Touched::APICS
 }
 
 /// Entries that point anywhere, with any bits, and an access by them.
@@ -379,7 +410,11 @@ fn page_tables(random: &mut Random) -> Touched {
     };
     code::run(random, code, &state);
     machine::map_loose(number);
-    if frame == apic::BASE { APICS } else { NOTHING }
+    if frame == apic::BASE {
+        Touched::APICS
+    } else {
+        Touched::NOTHING
+    }
 }
 
 /// HLT with a timer that is due soon, or was.
@@ -396,13 +431,14 @@ fn waiting(random: &mut Random) -> Touched {
         apic::write(apic::register::DIVIDE, random.below(16) as u32);
         apic::write(apic::register::INITIAL_COUNT, random.below(1000) as u32);
     }
+    machine::look_soon();
     match random.below(3) {
         0 => cpu::halt(),
         1 => time::spin(random.below(1000)),
         _ => cpu::interrupt_window(),
     }
     apic::write(apic::register::INITIAL_COUNT, 0);
-    APICS
+    Touched::APICS
 }
 
 /// A transfer that `fw_cfg` is asked for, from or to anywhere.
@@ -436,5 +472,5 @@ fn transfers(random: &mut Random) -> Touched {
     out32(0x514, ((at >> 32) as u32).swap_bytes());
     out32(0x518, (at as u32).swap_bytes());
     core::hint::black_box(read32(request));
-    NOTHING
+    Touched::NOTHING
 }
