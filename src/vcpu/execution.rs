@@ -401,6 +401,10 @@ impl Machine for Execution<'_> {
         self.addressing
     }
 
+    fn is_ia32e(&self) -> bool {
+        self.vcpu.vmcs.read(guest::EFER) & EFER_LMA != 0
+    }
+
     fn cpl(&self) -> u8 {
         self.vcpu.cpl()
     }
@@ -466,6 +470,10 @@ impl Machine for Execution<'_> {
 
     fn load_msw(&mut self, value: u16) -> Result<(), Exception> {
         self.vcpu.load_msw(value)
+    }
+
+    fn unblock_nmis(&mut self) {
+        self.vcpu.unblock_nmis();
     }
 
     fn hold_interrupts(&mut self) {

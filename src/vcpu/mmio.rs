@@ -171,7 +171,9 @@ impl Vcpu {
         }
         if result == Ok(Progress::Done) {
             // An EPT violation saves RF set (SDM 3, 28.3.3); a completed instruction clears it.
-            state.rflags &= !RFLAGS_RF;
+            if !decoded.loads_resume_flag() {
+                state.rflags &= !RFLAGS_RF;
+            }
             self.vmcs.write(guest::RIP, state.rip);
             self.end_shadow(shadow);
         }

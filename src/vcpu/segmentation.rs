@@ -302,7 +302,7 @@ pub const fn is_null(selector: u16) -> bool {
     selector & !3 == 0
 }
 
-/// Why a data segment register, or SS, is loaded: which exception says that it cannot be.
+/// Why a segment register is loaded: which exception says that it cannot be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     Instruction,
@@ -395,6 +395,37 @@ pub fn load_data(
         if !rights.is_present() {
             return Err(SegmentFault::NotPresent.of(selector));
         }
+    }
+    accept(tables, found, selector)
+}
+
+/// What CS is loaded with by a return or a task switch in protected mode, or IA-32e mode: the RPL
+/// of `selector` is the new privilege level (SDM 2, RET).
+///
+/// # Errors
+/// As `purpose` says.
+pub fn load_code(
+    tables: &mut impl DescriptorTables,
+    selector: u16,
+    ia32e: bool,
+    purpose: Purpose,
+) -> Result<SegmentRegister, Exception> {
+    let fault = purpose.fault();
+    let found @ (_, descriptor) = descriptor(tables, selector, fault)?;
+    let rights = descriptor.rights();
+    let rpl = (selector & 3) as u8;
+    let allowed = if rights.is_conforming() {
+        rights.dpl() <= rpl
+    } else {
+        rights.dpl() == rpl
+    };
+    // In IA-32e mode both sizes at once are reserved.
+    let sized = !(ia32e && rights.is_long() && rights.is_big());
+    if !rights.is_code() || !allowed || !sized {
+        return Err(fault.of(selector));
+    }
+    if !rights.is_present() {
+        return Err(SegmentFault::NotPresent.of(selector));
     }
     accept(tables, found, selector)
 }

@@ -309,7 +309,7 @@ fn load_segments(
         return Ok(());
     }
     let cpl = (image.selectors[CS] & 3) as u8;
-    let code = load_code(machine, image.selectors[CS])?;
+    let code = segmentation::load_code(machine, image.selectors[CS], false, Purpose::TaskSwitch)?;
     task.segments[CS] = code;
     let mut load = |segment: Segment| {
         let selector = image.selectors[segment as usize];
@@ -343,31 +343,6 @@ fn load_ldtr(machine: &mut impl TaskMachine, selector: u16) -> Result<SegmentReg
         return Err(fault.of(selector));
     }
     Ok(descriptor.register(selector))
-}
-
-/// CS: its RPL is the new privilege level.
-fn load_code(machine: &mut impl TaskMachine, selector: u16) -> Result<SegmentRegister, Exception> {
-    const PRIVILEGE: u32 = 3 << 5;
-    let fault = SegmentFault::InvalidTss;
-    let found = segmentation::descriptor(machine, selector, fault)?;
-    let rights = found.1.rights();
-    let rpl = (selector & 3) as u8;
-    let allowed = if rights.is_conforming() {
-        rights.dpl() <= rpl
-    } else {
-        rights.dpl() == rpl
-    };
-    if !rights.is_code() || !allowed {
-        return Err(fault.of(selector));
-    }
-    if !rights.is_present() {
-        return Err(SegmentFault::NotPresent.of(selector));
-    }
-    let mut register = segmentation::accept(machine, found, selector)?;
-    if rights.is_conforming() {
-        register.rights.0 = register.rights.0 & !PRIVILEGE | rights.0 & PRIVILEGE;
-    }
-    Ok(register)
 }
 
 /// The error code of the event, on the new task's stack.

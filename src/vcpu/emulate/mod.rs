@@ -9,7 +9,7 @@
 //!
 //! Covered are the integer instructions that have a memory operand, on the stack too, x87,
 //! the moves of MMX, SSE and AVX, and what saves and restores their state. Vector arithmetic,
-//! EVEX, and what switches the privilege level are not. Nearly all accesses to devices are plain moves, which have a
+//! EVEX, call gates and task switches are not. Nearly all accesses to devices are plain moves, which have a
 //! form of their own ([`Move`]), or [`Arithmetic`].
 //!
 //! | module | what it has |
@@ -18,7 +18,7 @@
 //! | [`alu`], [`shift`], [`bits`], [`multiply`] | arithmetic and its flags, on numbers alone |
 //! | [`integer`] | instructions that use it |
 //! | [`fpu`], [`vector`] | x87, MMX, SSE and AVX |
-//! | [`stack`], [`string`], [`system`] | the others |
+//! | [`stack`], [`returns`], [`string`], [`system`] | the others |
 
 mod alu;
 mod arithmetic;
@@ -28,6 +28,7 @@ mod integer;
 mod moves;
 mod multiply;
 mod operand;
+mod returns;
 mod shift;
 mod stack;
 mod string;
@@ -124,6 +125,8 @@ pub trait Machine: DescriptorTables {
     fn check_store(&mut self, linear: u64, bytes: usize) -> Result<(), Exception>;
 
     fn addressing(&self) -> Addressing;
+    /// EFER.LMA.
+    fn is_ia32e(&self) -> bool;
     fn cpl(&self) -> u8;
     fn cr0(&self) -> u64;
     fn cr4(&self) -> u64;
@@ -141,6 +144,9 @@ pub trait Machine: DescriptorTables {
     /// # Errors
     /// As of a MOV to CR0.
     fn load_msw(&mut self, value: u16) -> Result<(), Exception>;
+
+    /// IRET ends the blocking of NMIs.
+    fn unblock_nmis(&mut self);
 
     /// SS has been loaded: interrupts are held back behind the next instruction.
     fn hold_interrupts(&mut self);
@@ -245,6 +251,12 @@ impl Decoded {
         self.instruction.ip() == rip
     }
 
+    /// Whether RF is what it loads.
+    pub fn loads_resume_flag(&self) -> bool {
+        use iced_x86::Mnemonic::{Iret, Iretd, Iretq};
+        matches!(self.instruction.mnemonic(), Iret | Iretd | Iretq)
+    }
+
     /// Whether it is to be atomic.
     pub fn is_locked(&self) -> bool {
         let exchange = self.instruction.mnemonic() == iced_x86::Mnemonic::Xchg;
@@ -301,7 +313,7 @@ impl<M: Machine> Step<'_, '_, M> {
             self.x87(escape)?;
         } else if let Some(state) = fpu::State::of(self.instruction) {
             self.state(state)?;
-        } else if !self.stack()? && !self.system()? {
+        } else if !self.stack()? && !self.far_return()? && !self.system()? {
             self.integer()?;
         }
         self.registers.rip = self.next;

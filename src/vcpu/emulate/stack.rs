@@ -11,7 +11,7 @@ const RFLAGS_FIXED: u64 = 1 << 1;
 const RFLAGS_TF_TO_OF: u64 = 0xf00;
 const RFLAGS_IF: u64 = 1 << 9;
 const RFLAGS_IOPL: u64 = 3 << 12;
-const RFLAGS_NT: u64 = 1 << 14;
+pub(super) const RFLAGS_NT: u64 = 1 << 14;
 const RFLAGS_RF: u64 = 1 << 16;
 const RFLAGS_VM: u64 = 1 << 17;
 const RFLAGS_AC_ID: u64 = 1 << 18 | 1 << 21;
@@ -42,7 +42,7 @@ impl<M: Machine> Step<'_, '_, M> {
     }
 
     /// RSP, ESP or SP, as SS says.
-    fn pointer(&self, index: u8) -> Gpr {
+    pub(super) fn pointer(&self, index: u8) -> Gpr {
         let width = if self.machine.addressing() == Addressing::Long {
             Width::Qword
         } else if self.machine.segment(Segment::Ss).rights.is_big() {
@@ -74,7 +74,7 @@ impl<M: Machine> Step<'_, '_, M> {
         self.store(Segment::Ss, at, part)
     }
 
-    fn load_stack(&mut self, at: u64, width: Width) -> Result<u64> {
+    pub(super) fn load_stack(&mut self, at: u64, width: Width) -> Result<u64> {
         let mut bytes = [0; 8];
         let part = bytes.get_mut(..width.bytes() as usize).unwrap_or_default();
         self.load(Segment::Ss, at, part)?;
@@ -178,15 +178,19 @@ impl<M: Machine> Step<'_, '_, M> {
             Code::Retnd | Code::Retnd_imm16 => Width::Dword,
             _ => Width::Qword,
         };
-        let released = if self.instruction.op_count() == 1 {
-            u64::from(self.instruction.immediate16())
-        } else {
-            0
-        };
         let (target, top) = self.peek(width)?;
         self.jump(target)?;
-        self.set(self.pointer(Gpr::RSP), top.wrapping_add(released));
+        self.set(self.pointer(Gpr::RSP), top.wrapping_add(self.released()));
         Ok(())
+    }
+
+    /// Bytes that a return drops from the stack, beside what it uses.
+    pub(super) fn released(&self) -> u64 {
+        if self.instruction.op_count() == 1 {
+            self.instruction.immediate16().into()
+        } else {
+            0
+        }
     }
 
     fn enter(&mut self) -> Result<()> {
@@ -235,8 +239,8 @@ impl<M: Machine> Step<'_, '_, M> {
         Ok(())
     }
 
-    /// Whether virtual-8086 mode forbids PUSHF and POPF.
-    fn check_flags_allowed(&self) -> Result<()> {
+    /// Whether virtual-8086 mode forbids PUSHF, POPF and IRET.
+    pub(super) fn check_flags_allowed(&self) -> Result<()> {
         let virtual_8086 = self.machine.addressing() == Addressing::Virtual8086;
         if virtual_8086 && self.registers.rflags & RFLAGS_IOPL != RFLAGS_IOPL {
             // With CR4.VME it would not fault, but that is nothing for a stack in a device.
@@ -256,20 +260,7 @@ impl<M: Machine> Step<'_, '_, M> {
         let width = self.operand_width()?;
         let (value, top) = self.peek(width)?;
         let old = self.registers.rflags;
-        let cpl = match self.machine.addressing() {
-            Addressing::Real => 0,
-            _ => u64::from(self.machine.cpl()),
-        };
-        let mut changed = STATUS | RFLAGS_TF_TO_OF & !RFLAGS_IF | RFLAGS_NT;
-        if width != Width::Word {
-            changed |= RFLAGS_AC_ID;
-        }
-        if cpl <= (old & RFLAGS_IOPL) >> 12 {
-            changed |= RFLAGS_IF;
-        }
-        if cpl == 0 {
-            changed |= RFLAGS_IOPL;
-        }
+        let changed = self.writable_flags(width);
         let cleared = if width == Width::Word || self.machine.addressing() == Addressing::Real {
             RFLAGS_RF
         } else {
@@ -278,6 +269,25 @@ impl<M: Machine> Step<'_, '_, M> {
         self.set(self.pointer(Gpr::RSP), top);
         self.registers.rflags = old & !changed & !cleared | value & changed | RFLAGS_FIXED;
         Ok(())
+    }
+
+    /// Flags that POPF and IRET of this width change at the current privilege level.
+    pub(super) fn writable_flags(&self, width: Width) -> u64 {
+        let cpl = match self.machine.addressing() {
+            Addressing::Real => 0,
+            _ => u64::from(self.machine.cpl()),
+        };
+        let mut writable = STATUS | RFLAGS_TF_TO_OF & !RFLAGS_IF | RFLAGS_NT;
+        if width != Width::Word {
+            writable |= RFLAGS_AC_ID;
+        }
+        if cpl <= (self.registers.rflags & RFLAGS_IOPL) >> 12 {
+            writable |= RFLAGS_IF;
+        }
+        if cpl == 0 {
+            writable |= RFLAGS_IOPL;
+        }
+        writable
     }
 
     fn push_all(&mut self) -> Result<()> {

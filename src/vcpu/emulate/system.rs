@@ -96,13 +96,7 @@ impl<M: Machine> Step<'_, '_, M> {
             return Err(Exception::InvalidOpcode.into());
         }
         match addressing {
-            Addressing::Virtual8086 => Ok(SegmentRegister::paragraph(selector)),
-            // Limit and rights are what they were (SDM 3, 21.1.4).
-            Addressing::Real => Ok(SegmentRegister {
-                selector,
-                base: u64::from(selector) << 4,
-                ..self.machine.segment(segment)
-            }),
+            Addressing::Virtual8086 | Addressing::Real => Ok(self.paragraph(segment, selector)),
             Addressing::Protected | Addressing::Long => {
                 let long = addressing == Addressing::Long;
                 let cpl = self.machine.cpl();
@@ -165,7 +159,7 @@ impl<M: Machine> Step<'_, '_, M> {
         };
         let back = (self.machine.segment(Segment::Cs).selector, self.next);
         let register = self.code_register(selector)?;
-        let long = register.rights.is_long() && self.machine.addressing() == Addressing::Long;
+        let long = register.rights.is_long() && self.machine.is_ia32e();
         let inside = if long {
             segmentation::is_canonical(target)
         } else {
@@ -184,15 +178,9 @@ impl<M: Machine> Step<'_, '_, M> {
 
     /// CS for a far transfer; call gates and task switches are not emulated.
     fn code_register(&mut self, selector: u16) -> Result<SegmentRegister> {
-        const PRIVILEGE: u32 = 3 << 5;
         match self.machine.addressing() {
-            Addressing::Virtual8086 => Ok(SegmentRegister::paragraph(selector)),
-            Addressing::Real => Ok(SegmentRegister {
-                selector,
-                base: u64::from(selector) << 4,
-                ..self.machine.segment(Segment::Cs)
-            }),
-            addressing @ (Addressing::Protected | Addressing::Long) => {
+            Addressing::Virtual8086 | Addressing::Real => Ok(self.paragraph(Segment::Cs, selector)),
+            Addressing::Protected | Addressing::Long => {
                 let fault = SegmentFault::GeneralProtection;
                 let cpl = self.machine.cpl();
                 let found = segmentation::descriptor(self.machine, selector, fault)?;
@@ -206,9 +194,8 @@ impl<M: Machine> Step<'_, '_, M> {
                 } else {
                     rights.dpl() == cpl && rpl <= cpl
                 };
-                // In long mode both sizes at once are reserved.
-                let sized =
-                    addressing != Addressing::Long || !(rights.is_long() && rights.is_big());
+                // In IA-32e mode both sizes at once are reserved.
+                let sized = !(self.machine.is_ia32e() && rights.is_long() && rights.is_big());
                 if !rights.is_code() || !reachable || !sized {
                     return Err(fault.of(selector).into());
                 }
@@ -216,11 +203,7 @@ impl<M: Machine> Step<'_, '_, M> {
                     return Err(SegmentFault::NotPresent.of(selector).into());
                 }
                 let selector = selector & !3 | u16::from(cpl);
-                let mut register = segmentation::accept(self.machine, found, selector)?;
-                if rights.is_conforming() {
-                    register.rights.0 = register.rights.0 & !PRIVILEGE | rights.0 & PRIVILEGE;
-                }
-                Ok(register)
+                Ok(segmentation::accept(self.machine, found, selector)?)
             }
         }
     }

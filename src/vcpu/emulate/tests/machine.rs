@@ -21,6 +21,7 @@ pub struct Ram {
     /// For XRSTOR: x87, SSE and AVX, where instructions are executed with that, by this CPU.
     pub fpu: Option<Box<Image>>,
     pub held: bool,
+    pub nmis_blocked: bool,
     /// Accesses: writes with `true`, their addresses and sizes.
     pub log: Vec<(bool, u64, usize)>,
 }
@@ -59,6 +60,7 @@ impl Ram {
             mmx: [[0; 8]; 8],
             fpu: None,
             held: false,
+            nmis_blocked: true,
             log: Vec::new(),
         }
     }
@@ -133,6 +135,10 @@ impl Machine for Ram {
         self.addressing
     }
 
+    fn is_ia32e(&self) -> bool {
+        self.addressing == Addressing::Long
+    }
+
     fn cpl(&self) -> u8 {
         self.cpl
     }
@@ -176,6 +182,10 @@ impl Machine for Ram {
     fn load_msw(&mut self, value: u16) -> Result<(), Exception> {
         self.cr0 = self.cr0 & !0xe | u64::from(value) & 0xf;
         Ok(())
+    }
+
+    fn unblock_nmis(&mut self) {
+        self.nmis_blocked = false;
     }
 
     fn hold_interrupts(&mut self) {

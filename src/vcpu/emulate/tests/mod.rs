@@ -3,6 +3,7 @@ mod fpu;
 mod fuzz;
 mod machine;
 mod native;
+mod returns;
 
 use super::*;
 use machine::Ram;

@@ -4,6 +4,7 @@
 #![no_main]
 
 mod fpu;
+mod returns;
 
 use vireo_test_guests::cpu::{self, cr4};
 use vireo_test_guests::descriptors::FAULT_STACK_INDEX;
@@ -35,6 +36,7 @@ fn run() {
     system();
     steps();
     compatibility();
+    returns::run();
 }
 
 /// A page of the device, and behind it one of memory, and the other way round.
