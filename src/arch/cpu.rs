@@ -123,6 +123,23 @@ pub fn dr6() -> u64 {
     value
 }
 
+/// DR0 to DR3: the guest's.
+pub fn breakpoints() -> [u64; 4] {
+    let mut breakpoints = [0; 4];
+    // SAFETY: as in `dr6`.
+    unsafe {
+        asm!(
+            "mov {}, dr0", "mov {}, dr1", "mov {}, dr2", "mov {}, dr3",
+            out(reg) breakpoints[0],
+            out(reg) breakpoints[1],
+            out(reg) breakpoints[2],
+            out(reg) breakpoints[3],
+            options(nomem, nostack, preserves_flags)
+        );
+    }
+    breakpoints
+}
+
 /// Writes DR6, of which only conditions that were met may be given.
 #[inline]
 pub fn set_dr6(value: u64) {

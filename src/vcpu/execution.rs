@@ -2,6 +2,7 @@
 //! linear addresses, piece by piece: memory, device registers, or nothing.
 
 use super::Vcpu;
+use super::breakpoints::DataBreakpoints;
 use super::emulate::{Intent, Machine, SystemSegment, Table, VectorRegister};
 use super::fault::Exception;
 use super::segmentation::{
@@ -257,16 +258,23 @@ pub(super) struct Execution<'a> {
     addressing: Addressing,
     /// Translations of this exit: of a source and a destination.
     known: [Option<Known>; 2],
+    /// Those that accesses by the instruction meet.
+    pub(super) breakpoints: DataBreakpoints,
     /// SS was loaded.
     pub(super) loaded_stack_segment: bool,
 }
 
 impl<'a> Execution<'a> {
     /// `known` is what the exit has said about the page that was accessed.
-    pub(super) fn new(vcpu: &'a mut Vcpu, known: Option<Known>) -> Self {
+    pub(super) fn new(
+        vcpu: &'a mut Vcpu,
+        known: Option<Known>,
+        breakpoints: DataBreakpoints,
+    ) -> Self {
         Self {
             addressing: vcpu.addressing(),
             known: [known, None],
+            breakpoints,
             loaded_stack_segment: false,
             vcpu,
         }
@@ -379,6 +387,7 @@ impl Machine for Execution<'_> {
             this.translate(at, operation)
         })?;
         self.read_pieces(pieces, bytes);
+        self.breakpoints.note(linear, bytes.len(), false);
         Ok(())
     }
 
@@ -387,6 +396,7 @@ impl Machine for Execution<'_> {
             this.translate(at, Operation::Write)
         })?;
         self.write_pieces(pieces, bytes);
+        self.breakpoints.note(linear, bytes.len(), true);
         Ok(())
     }
 

@@ -63,7 +63,8 @@ impl Vcpu {
             Exit::Pause => self.pause(),
             // The guest has no performance counters.
             Exit::Rdpmc => return Err(Exception::GeneralProtection),
-            Exit::VmxInstruction | Exit::Mwait | Exit::Monitor | Exit::DebugRegister => {
+            Exit::DebugRegister => self.debug_register(),
+            Exit::VmxInstruction | Exit::Mwait | Exit::Monitor => {
                 return Err(Exception::InvalidOpcode);
             }
             Exit::TripleFault => self.triple_fault(),

@@ -1,9 +1,9 @@
 //! Port I/O.
 
+use super::breakpoints::DataBreakpoints;
 use super::emulate::{Intent, Machine};
 use super::events::Exception;
 use super::execution::Execution;
-use super::mmio::ITERATIONS;
 use super::run::End;
 use super::segmentation::Segment;
 use super::{Attention, Leave, Vcpu};
@@ -93,20 +93,22 @@ impl Vcpu {
             width.bytes().wrapping_neg()
         };
         let (mask, index) = (address.mask(), if access.input { RDI } else { RSI });
+        let breakpoints = self.data_breakpoints();
         let elements = if !access.repeated || rflags & RFLAGS_TF != 0 {
             1
         } else {
-            ITERATIONS
+            breakpoints.iterations()
         };
         for _ in 0..elements {
             if access.repeated && registers.rcx & mask == 0 {
                 break;
             }
             let at = registers.get(index);
-            let is_done = self.string_element(access, segment, at & mask, width)?;
-            if !is_done {
+            let operand = (segment, at & mask);
+            let Some(met) = self.string_element(access, operand, width, breakpoints)? else {
                 return Ok(());
-            }
+            };
+            self.trap_data_breakpoints(met);
             registers.set(index, partly(at, at.wrapping_add(step), address));
             if access.repeated {
                 let left = registers.rcx.wrapping_sub(1);
@@ -124,30 +126,33 @@ impl Vcpu {
         Ok(())
     }
 
-    /// One element at an offset of its segment; false where it is to be tried again.
+    /// One element at an offset of its segment: which of the breakpoints it has met, or `None` where
+    /// it is to be tried again.
     fn string_element(
         &mut self,
         access: IoAccess,
-        segment: Segment,
-        offset: u64,
+        (segment, offset): (Segment, u64),
         width: Width,
-    ) -> Result<bool, Exception> {
+        breakpoints: DataBreakpoints,
+    ) -> Result<Option<u64>, Exception> {
         let bytes = width.bytes() as usize;
         let register = self.segment(segment);
         let addressing = self.addressing();
         let linear = register.linear(segment, addressing, offset, width.bytes(), access.input)?;
         let mut value = [0; 4];
         let part = value.get_mut(..bytes).unwrap_or_default();
-        let mut execution = Execution::new(self, None);
+        let mut execution = Execution::new(self, None, breakpoints);
         if access.input {
             // That it can be written is to be known before the device is read.
             execution.check_store(linear, bytes)?;
             let value = execution.vcpu.port_in(access.port, width).to_le_bytes();
             execution.store(linear, value.get(..bytes).unwrap_or_default())?;
-            Ok(true)
+            Ok(Some(execution.breakpoints.met()))
         } else {
             execution.load(linear, part, Intent::Read)?;
-            Ok(self.port_out(access.port, width, u32::from_le_bytes(value)))
+            let met = execution.breakpoints.met();
+            let is_done = self.port_out(access.port, width, u32::from_le_bytes(value));
+            Ok(is_done.then_some(met))
         }
     }
 

@@ -163,9 +163,12 @@ impl Vcpu {
             rip,
             rflags: before.1,
         };
-        let mut execution = Execution::new(self, known);
-        let result = decoded.emulate(&mut state, &mut execution, ITERATIONS);
+        let breakpoints = self.data_breakpoints();
+        let iterations = breakpoints.iterations();
+        let mut execution = Execution::new(self, known, breakpoints);
+        let result = decoded.emulate(&mut state, &mut execution, iterations);
         let shadow = execution.loaded_stack_segment;
+        let met = execution.breakpoints.met();
         if let Err(EmulateError::Incomplete | EmulateError::Unsupported) = result {
             return self.not_emulated(gpa, context);
         }
@@ -187,6 +190,7 @@ impl Vcpu {
             Err(EmulateError::Fault(exception)) => Err(exception),
             _ => {
                 self.trap_single_step_of(before.1);
+                self.trap_data_breakpoints(met);
                 Ok(())
             }
         }
@@ -214,7 +218,8 @@ impl Vcpu {
         let decoded = decoded?;
         let paging = self.paging();
         let code = code.get(..fetched).unwrap_or_default();
-        if Rights(context.rights).is_long() == (mode == Mode::Bits64) {
+        let watched = self.data_breakpoints().is_armed();
+        if !watched && Rights(context.rights).is_long() == (mode == Mode::Bits64) {
             self.known
                 .remember(&self.vm.memory, &paging, context, code, &decoded);
         }

@@ -8,6 +8,7 @@
 
 mod attention;
 mod bochs;
+mod breakpoints;
 pub mod control_registers;
 pub mod cpuid;
 mod dump;

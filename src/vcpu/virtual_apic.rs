@@ -94,13 +94,14 @@ impl Vcpu {
             Mode::XApic => ApicAccess::Page,
             Mode::X2Apic => ApicAccess::Msrs,
         };
-        let windows = (PrimaryControls::INTERRUPT_WINDOW_EXITING
-            | PrimaryControls::NMI_WINDOW_EXITING)
+        let kept = (PrimaryControls::INTERRUPT_WINDOW_EXITING
+            | PrimaryControls::NMI_WINDOW_EXITING
+            | PrimaryControls::MOV_DR_EXITING)
             .bits();
         let controls = self
             .tier
             .controls(access, &self.vmx.controls, &self.vmx.capabilities);
-        self.primary = controls.primary | self.primary & windows;
+        self.primary = controls.primary | self.primary & kept;
         self.vmx.controls = controls;
         self.vmcs.write(control::PIN, controls.pin);
         self.vmcs.write(control::PRIMARY, self.primary);

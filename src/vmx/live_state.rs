@@ -122,18 +122,8 @@ impl LiveState {
             }
         }
         self.cr2 = cpu::cr2();
-        // SAFETY: reads; CR4.DE does not matter for these.
-        unsafe {
-            asm!(
-                "mov {}, dr0", "mov {}, dr1", "mov {}, dr2", "mov {}, dr3", "mov {}, dr6",
-                out(reg) self.breakpoints[0],
-                out(reg) self.breakpoints[1],
-                out(reg) self.breakpoints[2],
-                out(reg) self.breakpoints[3],
-                out(reg) self.dr6,
-                options(nomem, nostack, preserves_flags)
-            );
-        }
+        self.breakpoints = cpu::breakpoints();
+        self.dr6 = cpu::dr6();
         self.with_all_of_xcr0(self.xcr0);
         save_vectors(&mut self.vectors, self.supported);
     }

@@ -5,6 +5,7 @@ use crate::addr::Gpa;
 use crate::arch::cpu;
 use crate::arch::registers::GeneralRegisters;
 use crate::vcpu::Vcpu;
+use crate::vcpu::breakpoints::DataBreakpoints;
 use crate::vcpu::emulate::SystemSegment;
 use crate::vcpu::execution::Execution;
 use crate::vcpu::fault::{Exception, SegmentFault};
@@ -70,7 +71,7 @@ impl Vcpu {
             rip: before.rip.wrapping_add(length.into()) & 0xffff_ffff,
             ..before
         };
-        let mut execution = Execution::new(self, None);
+        let mut execution = Execution::new(self, None, DataBreakpoints::NONE);
         let result = super::switch(&mut task, &mut execution, switch.selector, source);
         let begun = task.tr != before.tr;
         if begun {

@@ -3,6 +3,7 @@
 #![no_std]
 #![no_main]
 
+mod breakpoints;
 mod fpu;
 mod returns;
 
@@ -37,6 +38,7 @@ fn run() {
     steps();
     compatibility();
     returns::run();
+    breakpoints::run();
 }
 
 /// A page of the device, and behind it one of memory, and the other way round.
