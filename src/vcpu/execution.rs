@@ -11,8 +11,8 @@ use super::segmentation::{
 use super::walk::{self, Operation, Paging, PhysicalMark, PhysicalRead, WalkError};
 use crate::addr::{Gpa, Gva, PAGE_SIZE};
 use crate::arch::fpu::{FpuInstruction, Image};
-use crate::arch::{cpu, vector};
-use crate::devices::Width;
+use crate::arch::{cpu, port, vector};
+use crate::devices::{Width, pc};
 use crate::vm::memory::GuestMemory;
 use crate::vm::slots::SlotKind;
 use crate::vmx::vmcs::{Field, guest};
@@ -488,6 +488,16 @@ impl Machine for Execution<'_> {
 
     fn hold_interrupts(&mut self) {
         self.loaded_stack_segment = true;
+    }
+
+    fn post_code(&mut self) -> u8 {
+        // SAFETY: the guest reads this one itself.
+        unsafe { port::inb(pc::POST_CODE) }
+    }
+
+    fn set_post_code(&mut self, code: u8) {
+        // SAFETY: the guest writes this one itself.
+        unsafe { port::outb(pc::POST_CODE, code) }
     }
 
     fn vector(&mut self, register: VectorRegister, bytes: &mut [u8]) {

@@ -151,6 +151,12 @@ pub trait Machine: DescriptorTables {
     /// SS has been loaded: interrupts are held back behind the next instruction.
     fn hold_interrupts(&mut self);
 
+    /// Reads the host's port [`pc::POST_CODE`](crate::devices::pc::POST_CODE), which is the guest's.
+    fn post_code(&mut self) -> u8;
+
+    /// Writes it.
+    fn set_post_code(&mut self, code: u8);
+
     /// Reads as many bytes of a vector register as it has. The guest has it switched on.
     fn vector(&mut self, register: VectorRegister, bytes: &mut [u8]);
 

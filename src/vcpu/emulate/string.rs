@@ -1,9 +1,10 @@
-//! MOVS, STOS, LODS, CMPS and SCAS, with their repeat prefixes.
+//! MOVS, STOS, LODS, CMPS and SCAS, with their repeat prefixes; INS and OUTS of the one port that
+//! the guest accesses without an exit.
 
 use super::alu::{Binary, DF, ZF};
 use super::operand::{Gpr, Memory, Place, segment};
-use super::{Machine, Progress, Result, Step};
-use crate::devices::Width;
+use super::{EmulateError, Machine, Progress, Result, Step};
+use crate::devices::{Width, pc};
 use crate::vcpu::segmentation::Segment;
 use iced_x86::{Code, OpKind};
 
@@ -17,6 +18,8 @@ pub(super) enum String {
     Load,
     Compare,
     Scan,
+    Input,
+    Output,
 }
 
 impl String {
@@ -43,16 +46,18 @@ impl String {
             Code::Scasw_AX_m16 => (Self::Scan, Width::Word),
             Code::Scasd_EAX_m32 => (Self::Scan, Width::Dword),
             Code::Scasq_RAX_m64 => (Self::Scan, Width::Qword),
+            Code::Insb_m8_DX => (Self::Input, Width::Byte),
+            Code::Outsb_DX_m8 => (Self::Output, Width::Byte),
             _ => return None,
         })
     }
 
     fn has_source(self) -> bool {
-        matches!(self, Self::Move | Self::Load | Self::Compare)
+        matches!(self, Self::Move | Self::Load | Self::Compare | Self::Output)
     }
 
     fn has_destination(self) -> bool {
-        self != Self::Load
+        !matches!(self, Self::Load | Self::Output)
     }
 
     fn compares(self) -> bool {
@@ -124,11 +129,18 @@ impl<M: Machine> Step<'_, '_, M> {
         } else {
             Place::Register(Gpr::low(Gpr::RAX, width))
         };
-        let value = self.read(source)?;
+        let value = if string == String::Input {
+            self.input(destination)?
+        } else {
+            self.read(source)?
+        };
         if string.compares() {
             let other = self.read(destination)?;
             let rflags = self.registers.rflags;
             (_, self.registers.rflags) = Binary::Cmp.compute(value, other, width, rflags);
+        } else if string == String::Output {
+            self.check_port()?;
+            self.machine.set_post_code(value as u8);
         } else {
             self.write(destination, value)?;
         }
@@ -144,6 +156,26 @@ impl<M: Machine> Step<'_, '_, M> {
             self.set(to, self.get(to).wrapping_add(step));
         }
         Ok(())
+    }
+
+    /// Reads the port, when it is known that the destination can be written.
+    fn input(&mut self, destination: Place) -> Result<u64> {
+        self.check_port()?;
+        if let Place::Memory(memory) = destination {
+            let bytes = memory.width.bytes();
+            let linear = self.linear(memory.segment, memory.offset, bytes, true)?;
+            self.machine.check_store(linear, bytes as usize)?;
+        }
+        Ok(self.machine.post_code().into())
+    }
+
+    /// Another port's INS or OUTS is another one than has exited here.
+    fn check_port(&self) -> Result<()> {
+        if self.get(Gpr::low(Gpr::RDX, Width::Word)) == pc::POST_CODE.into() {
+            Ok(())
+        } else {
+            Err(EmulateError::Unsupported)
+        }
     }
 
     /// The width of the index registers and the count.

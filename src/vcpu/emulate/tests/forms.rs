@@ -314,6 +314,30 @@ fn strings_keep_to_their_address_size() {
 }
 
 #[test]
+fn the_port_without_exits_has_strings() {
+    let mut ram = Ram::new(0x1000, Bits64);
+    ram.put(BASE, &[1, 2, 3]);
+    let from = GeneralRegisters {
+        rcx: 3,
+        rsi: BASE,
+        rdi: BASE + 8,
+        rdx: 0x12_0080,
+        ..start()
+    };
+    let output = run_from(from, FLAGS, &mut ram, Bits64, &[0xf3, 0x6e]); // rep outsb
+    done(&output, 2);
+    assert_eq!((ram.post_code, output.general.rsi), (3, BASE + 3));
+    let input = run_from(from, FLAGS, &mut ram, Bits64, &[0x6c]); // insb
+    done(&input, 1);
+    assert_eq!((ram.at(BASE + 8, 2), input.general.rdi), (3, BASE + 9));
+    let other = GeneralRegisters { rdx: 0x60, ..from };
+    for code in [0x6c, 0x6e] {
+        let other = run_from(other, FLAGS, &mut ram, Bits64, &[code]);
+        assert_eq!(other.result, Err(EmulateError::Unsupported));
+    }
+}
+
+#[test]
 fn the_stack_in_its_width() {
     let mut ram = Ram::new(0x1000, Bits16);
     // push word [bx]: SP alone moves.

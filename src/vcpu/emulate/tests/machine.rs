@@ -20,6 +20,7 @@ pub struct Ram {
     pub mmx: [[u8; 8]; 8],
     /// For XRSTOR: x87, SSE and AVX, where instructions are executed with that, by this CPU.
     pub fpu: Option<Box<Image>>,
+    pub post_code: u8,
     pub held: bool,
     pub nmis_blocked: bool,
     /// Accesses: writes with `true`, their addresses and sizes.
@@ -59,6 +60,7 @@ impl Ram {
             vectors: [[0; 32]; 16],
             mmx: [[0; 8]; 8],
             fpu: None,
+            post_code: 0,
             held: false,
             nmis_blocked: true,
             log: Vec::new(),
@@ -190,6 +192,14 @@ impl Machine for Ram {
 
     fn hold_interrupts(&mut self) {
         self.held = true;
+    }
+
+    fn post_code(&mut self) -> u8 {
+        self.post_code
+    }
+
+    fn set_post_code(&mut self, code: u8) {
+        self.post_code = code;
     }
 
     fn vector(&mut self, register: VectorRegister, bytes: &mut [u8]) {

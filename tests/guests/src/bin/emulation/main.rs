@@ -12,7 +12,7 @@ use vireo_test_guests::descriptors::FAULT_STACK_INDEX;
 use vireo_test_guests::exceptions::{self, Exception, is_gp, vector};
 use vireo_test_guests::memory::{read8, read32, read64, write8, write32, write64};
 use vireo_test_guests::paging::{self, PAGE, entry};
-use vireo_test_guests::{Shared, check, check_equal, execute};
+use vireo_test_guests::{Shared, check, check_equal, execute, port};
 
 vireo_test_guests::guest!(run);
 
@@ -141,12 +141,27 @@ fn string_ports() {
     write64(DEVICE, 0x1122_3344_5566_7788);
     execute!("rep outsb", inout("rsi") DEVICE => _, inout("rcx") 4u64 => _, in("dx") ECHO);
     let mut at = DEVICE + PAGE - 500;
-    let end = at + 1000;
+    let mut end = at + 1000;
     execute!("rep insb", inout("rdi") at, inout("rcx") 1000u64 => _, in("dx") ECHO);
     check_equal(
         "REP OUTSB from a device, REP INSB to it",
         (at, read8(end - 1), read8(end - 1000)),
         (end, 0x55, 0x55),
+    );
+    // A port whose accesses do not exit.
+    execute!(
+        "mov rdi, rsi",
+        "rep outsb",
+        "insb",
+        inout("rsi") DEVICE => at,
+        out("rdi") end,
+        inout("rcx") 4u64 => _,
+        in("dx") 0x80u16,
+    );
+    check_equal(
+        "REP OUTSB from a device to port 0x80, INSB to it",
+        (at, end, read8(DEVICE)),
+        (DEVICE + 4, DEVICE + 1, port::in8(0x80)),
     );
     let page = paging::map(0, DEVICE, PRESENT_WRITABLE);
     let fault = execute!("rep insw", inout("rdi") page + PAGE - 7 => _, inout("rcx") 10u64 => _, in("dx") ECHO);
