@@ -14,8 +14,8 @@
 //! - VM entry takes the privilege level from the selector of CS, and not from SS (SDM 3, 27.3.1.2).
 //!   Where a guest has just left real mode, that is a paragraph. So its lowest bits are 0 until
 //!   the guest loads CS or goes back.
-//! - A segment register that was null and is loaded in real mode is usable and has no type, which
-//!   the next VM entry refuses. It gets one when that has happened.
+//! - A segment register that was null and is loaded in real mode is usable and has no type, in
+//!   protected mode too, which the next VM entry refuses. It gets one when that has happened.
 //!
 //! Bochs is told by the rate of its preemption timer, that of the time-stamp counter:
 //! IA32_VMX_MISC gives 5 or more on silicon. A CPU without that timer is taken for it.
@@ -93,15 +93,11 @@ impl Vcpu {
         self.vmcs.write(guest::CS_SELECTOR, correct);
     }
 
-    /// Makes writable data of the segments that have no type in real mode; false where none is
-    /// so, and an entry was refused for another reason.
+    /// Makes writable data of the segments that have no type; false where none is so, and an entry
+    /// was refused for another reason.
     #[cold]
     pub(super) fn give_segments_a_type(&mut self) -> bool {
         use Segment::{Ds, Es, Fs, Gs, Ss};
-        const PROTECTION: u64 = 1;
-        if self.cr0() & PROTECTION != 0 {
-            return false;
-        }
         let mut any = false;
         for segment in [Es, Ss, Ds, Fs, Gs] {
             let mut register = self.segment(segment);

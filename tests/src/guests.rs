@@ -221,7 +221,8 @@ fn one_after_another(case: &mut Case) -> Result<()> {
     Ok(())
 }
 
-/// Firmware that loads FS with null in protected mode, with something in real mode, and exits.
+/// Firmware that loads FS and GS with null in protected mode, with something in real mode, and
+/// exits: with FS there, with GS in protected mode again.
 fn null_segment_of_real_mode() -> Vec<u8> {
     const CODE: &[u8] = &[
         0x0f, 0x20, 0xc0, // MOV EAX, CR0
@@ -229,11 +230,17 @@ fn null_segment_of_real_mode() -> Vec<u8> {
         0x0f, 0x22, 0xc0, // MOV CR0, EAX
         0x31, 0xdb, // XOR BX, BX
         0x8e, 0xe3, // MOV FS, BX
+        0x8e, 0xeb, // MOV GS, BX
         0x24, 0xfe, // AND AL, 0xfe
         0x0f, 0x22, 0xc0, // MOV CR0, EAX
         0xb3, 0x40, // MOV BL, 0x40
         0x8e, 0xe3, // MOV FS, BX
         0x0f, 0xa2, // CPUID
+        0xbb, 0x40, 0x00, // MOV BX, 0x40
+        0x8e, 0xeb, // MOV GS, BX
+        0x0f, 0x20, 0xc0, // MOV EAX, CR0
+        0x0c, 0x01, // OR AL, 1
+        0x0f, 0x22, 0xc0, // MOV CR0, EAX
         0xb0, 0x21, // MOV AL, 0x21
         0xe6, 0xf4, // OUT 0xf4, AL
         0xeb, 0xfe, // JMP to itself
