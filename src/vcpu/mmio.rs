@@ -1,6 +1,6 @@
 //! EPT violations: memory that is mapped on first use, and device registers in memory.
 
-use super::emulate::{Decoded, EmulateError, Mode, Move, Progress, Registers};
+use super::emulate::{Arithmetic, Decoded, EmulateError, Mode, Move, Progress, Registers};
 use super::events::{Exception, RFLAGS_RF};
 use super::execution::{Execution, Known};
 use super::known_code::Context;
@@ -101,9 +101,26 @@ impl Vcpu {
         };
         // A page that the guest may not write is not written.
         let is_read = || !EptViolation::is_write(&self.vmcs);
-        if !plan.is_aligned(registers) || plan.stores() && is_read() {
+        if !plan.is_aligned(registers) || plan.stores && is_read() {
             return false;
         }
+        if plan.locked {
+            self.locked_arithmetic(&plan, gpa, registers);
+        } else {
+            self.arithmetic(&plan, gpa, registers);
+        }
+        true
+    }
+
+    #[inline(never)]
+    fn locked_arithmetic(&mut self, plan: &Arithmetic, gpa: Gpa, registers: &mut GeneralRegisters) {
+        let vm = Arc::clone(&self.vm);
+        let _bus_lock = vm.bus_lock.lock();
+        self.arithmetic(plan, gpa, registers);
+    }
+
+    #[inline(always)]
+    fn arithmetic(&mut self, plan: &Arithmetic, gpa: Gpa, registers: &mut GeneralRegisters) {
         let rflags = self.vmcs.read_basic(guest::RFLAGS);
         let value = self.device_read(gpa, plan.width);
         let computed = plan.compute(registers, value, rflags);
@@ -116,7 +133,6 @@ impl Vcpu {
         }
         self.step_over(plan.length.into());
         self.trap_single_step_of(rflags);
-        true
     }
 
     /// Ends an instruction of `length` bytes whose access has exited.

@@ -12,7 +12,7 @@ use vireo_test_guests::descriptors::FAULT_STACK_INDEX;
 use vireo_test_guests::exceptions::{self, Exception, is_gp, vector};
 use vireo_test_guests::memory::{read8, read32, read64, write8, write32, write64};
 use vireo_test_guests::paging::{self, PAGE, entry};
-use vireo_test_guests::{Shared, check, check_equal, execute, port};
+use vireo_test_guests::{Shared, check, check_equal, execute, io_apic, port};
 
 vireo_test_guests::guest!(run);
 
@@ -29,6 +29,7 @@ fn run() {
     strings();
     string_ports();
     locked();
+    known();
     stack();
     faults();
     accessed_and_dirty();
@@ -211,6 +212,34 @@ fn locked() {
         execute!(".byte 0xf0, 0x8b, 0x03").map(|fault| fault.vector),
         Some(vector::INVALID_OPCODE),
     );
+}
+
+/// The index of the I/O APIC, again and again: it is known what these do.
+fn known() {
+    let index = io_apic::BASE;
+    for _ in 0..4 {
+        write32(index, 0x10);
+        let mut old = 0x33u32;
+        let mut flags = 0u64;
+        execute!(
+            "inc dword ptr [{at}]",
+            "lock or dword ptr [{at}], 2",
+            "neg byte ptr [{at}]",
+            "not byte ptr [{at}]",
+            "lock dec dword ptr [{at}]",
+            "pushfq",
+            "pop {flags}",
+            "xchg [{at}], {old:e}",
+            at = in(reg) index,
+            old = inout(reg) old,
+            flags = inout(reg) flags,
+        );
+        check_equal(
+            "known arithmetic on a device",
+            (old, read32(index), flags & 0x8d5),
+            (0x11, 0x33, 0x05),
+        );
+    }
 }
 
 fn stack() {
