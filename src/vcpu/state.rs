@@ -16,7 +16,7 @@ use crate::addr::Hva;
 use crate::arch::cpu;
 use crate::arch::msr::try_read;
 use crate::arch::registers::GeneralRegisters;
-use crate::devices::local_apic::{APIC_TIMER_HZ, LocalApic};
+use crate::devices::local_apic::{self, LocalApic};
 use crate::devices::pc;
 use crate::host::memory::paging::{self, MapError};
 use crate::vm::boot::{EntryMode, EntryState};
@@ -144,7 +144,7 @@ impl Vcpu {
         let options = cpuid::Options {
             vcpus: vm.vcpus(),
             tsc_khz,
-            apic_bus_khz: (APIC_TIMER_HZ / 1000) as u32,
+            apic_bus_khz: (local_apic::input_hz(vm.clock) / 1000) as u32,
             rdtscp: controls.has(SecondaryControls::ENABLE_RDTSCP),
             invpcid: controls.has(SecondaryControls::ENABLE_INVPCID),
             xsaves: controls.has(SecondaryControls::ENABLE_XSAVES_XRSTORS),

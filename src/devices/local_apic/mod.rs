@@ -32,6 +32,8 @@ mod timer;
 
 pub use address::Address;
 pub use page::{ApicPage, register};
+pub use timer::input_hz;
+#[cfg(test)]
 pub use timer::{APIC_TIMER_HZ, MIN_PERIOD};
 
 use super::{Clock, DeliveryMode, Message, Ticks, Trigger};

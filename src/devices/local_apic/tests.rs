@@ -7,7 +7,7 @@ mod properties;
 mod register_access;
 mod timer;
 
-const HZ: u64 = 400_000_000;
+const HZ: u64 = 4_000_000_000;
 const NOW: Ticks = Ticks(0);
 
 /// As at power-on: disabled by software.

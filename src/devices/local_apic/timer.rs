@@ -1,18 +1,32 @@
 //! The timer (SDM 3, 12.5.4): one-shot and periodic on a clock of
-//! [`APIC_TIMER_HZ`], and the deadline of the time-stamp counter.
+//! [`input_hz`], and the deadline of the time-stamp counter.
 //!
 //! Nothing runs here: a count is computed from the time of its start, and an
 //! expiry is noticed by [`Timer::expire`], in constant time however late.
 
 use crate::devices::{Clock, Ticks};
 
-/// The timer's input clock before the divider, in Hz.
+/// The timer's input clock before the divider, in Hz, where the time-stamp counter is no slower.
 pub const APIC_TIMER_HZ: u64 = 1_000_000_000;
 
-/// A periodic timer expires at most this often, in cycles of [`APIC_TIMER_HZ`]:
-/// 20 microseconds. A guest with a shorter period would do nothing but take
-/// interrupts; it gets fewer of them, and a current count as it expects.
-pub const MIN_PERIOD: u64 = 20_000;
+/// The same beside a time-stamp counter of this rate: no CPU has one that is faster, since both are
+/// multiples of the crystal's (SDM 3, 12.5.4 and 18.7.3).
+pub const fn input_hz(tsc: Clock) -> u64 {
+    if tsc.hz() < APIC_TIMER_HZ {
+        tsc.hz()
+    } else {
+        APIC_TIMER_HZ
+    }
+}
+
+/// A periodic timer expires at most this often a second, every 20 microseconds. A guest with a
+/// shorter period would do nothing but take interrupts; it gets fewer of them, and a current count
+/// as it expects.
+const MOST_EXPIRIES: u64 = 50_000;
+
+/// The shortest period, in cycles of [`APIC_TIMER_HZ`].
+#[cfg(test)]
+pub const MIN_PERIOD: u64 = APIC_TIMER_HZ / MOST_EXPIRIES;
 
 /// The timer's mode in its entry of the local vector table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -214,13 +228,14 @@ impl Timer {
         };
     }
 
-    /// The first expiry of the periodic timer after `now`, with [`MIN_PERIOD`] between
-    /// two. They stay at multiples of the period, so lateness does not add up.
+    /// The first expiry of the periodic timer after `now`, of [`MOST_EXPIRIES`] a second. They
+    /// stay at multiples of the period, so lateness does not add up.
     #[inline(never)]
     fn next_period(&self, now: Ticks) -> Ticks {
         let first = self.cycles(self.first);
         let period = self.period();
-        let pause = if period < MIN_PERIOD { MIN_PERIOD } else { 1 };
+        let shortest = input_hz(self.clock) / MOST_EXPIRIES;
+        let pause = if period < shortest { shortest } else { 1 };
         // The least multiple of the period, counted from `first`, that is not before this.
         let earliest = self.elapsed(now).saturating_add(pause);
         let after_first = earliest.saturating_sub(first);
@@ -249,11 +264,11 @@ impl Timer {
 
     const fn elapsed(&self, now: Ticks) -> u64 {
         self.clock
-            .cycles(now.0.saturating_sub(self.origin.0), APIC_TIMER_HZ)
+            .cycles(now.0.saturating_sub(self.origin.0), input_hz(self.clock))
     }
 
     const fn after_origin(&self, cycles: u64) -> Ticks {
-        let ticks = self.clock.ticks(cycles, APIC_TIMER_HZ);
+        let ticks = self.clock.ticks(cycles, input_hz(self.clock));
         Ticks(self.origin.0.saturating_add(ticks))
     }
 }
