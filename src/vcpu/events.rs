@@ -27,7 +27,8 @@ pub(super) struct Pending {
     /// instruction length.
     interrupted: Option<(InterruptionInfo, u32, u32)>,
     exception: Option<Exception>,
-    pub(super) nmi: bool,
+    /// NMIs, up to [`Pending::most_nmis`].
+    nmis: u32,
     /// The I/O APIC has passed the 8259s' INTR on.
     pub(super) extint: bool,
 }
@@ -55,7 +56,17 @@ impl Pending {
     /// Whether nothing waits but what the interrupt controllers have.
     #[inline]
     const fn is_empty(&self) -> bool {
-        self.interrupted.is_none() && self.exception.is_none() && !self.nmi && !self.extint
+        self.interrupted.is_none() && self.exception.is_none() && self.nmis == 0 && !self.extint
+    }
+
+    /// How many NMIs may wait: one, while another is being handled, since a CPU remembers no more
+    /// (SDM 3, 7.7.1). A CPU would have begun with the first of two by the time that the second
+    /// comes, so two may where none is.
+    fn most_nmis(&self, interruptibility: u32) -> u32 {
+        let delivered = |(info, ..): (InterruptionInfo, _, _)| info.is_nmi();
+        let handled =
+            interruptibility & BLOCKED_BY_NMI != 0 || self.interrupted.is_some_and(delivered);
+        if handled { 1 } else { 2 }
     }
 
     /// First what was interrupted, then a fault of the instruction that exited; an NMI
@@ -66,7 +77,7 @@ impl Pending {
             Choice::Again
         } else if self.exception.is_some() {
             Choice::Exception
-        } else if self.nmi && !shadow && interruptibility & BLOCKED_BY_NMI == 0 {
+        } else if self.nmis != 0 && !shadow && interruptibility & BLOCKED_BY_NMI == 0 {
             Choice::Nmi
         } else if interrupt && !shadow && rflags & RFLAGS_IF != 0 {
             Choice::Interrupt
@@ -77,6 +88,17 @@ impl Pending {
 }
 
 impl Vcpu {
+    /// So many NMIs more have come; those that are too many are lost.
+    #[cold]
+    pub(super) fn add_nmis(&mut self, count: u32) {
+        let most = self
+            .pending
+            .most_nmis(self.vmcs.read(guest::INTERRUPTIBILITY));
+        // Some may have come before one of them was delivered.
+        let most = most.max(self.pending.nmis);
+        self.pending.nmis = self.pending.nmis.saturating_add(count).min(most);
+    }
+
     /// Raises `exception` instead of completing the instruction that exited.
     #[cold]
     pub(super) fn raise(&mut self, exception: Exception) {
@@ -158,7 +180,7 @@ impl Vcpu {
             self.apic.refresh();
         }
         let interrupt = self.apic.pending().is_some() || self.has_extint();
-        self.pending.nmi
+        self.pending.nmis != 0
             || interrupt && self.vmcs.read(guest::RFLAGS) & RFLAGS_IF != 0
             || self.vmcs.read(guest::PENDING_DEBUG) != 0
     }
@@ -237,7 +259,7 @@ impl Vcpu {
                 }
             }
             Choice::Nmi => {
-                self.pending.nmi = false;
+                self.pending.nmis -= 1;
                 self.inject_event(InterruptionInfo::NMI, 0);
             }
             Choice::Interrupt => {
@@ -247,7 +269,7 @@ impl Vcpu {
             }
             Choice::Nothing => {}
         }
-        let nmi = self.pending.nmi && self.vmx.controls.has_virtual_nmis();
+        let nmi = self.pending.nmis != 0 && self.vmx.controls.has_virtual_nmis();
         let interrupt = self.has_interrupt();
         self.set_window(interrupt, nmi);
         let threshold = if self.tier.delivers() {
@@ -256,7 +278,7 @@ impl Vcpu {
             self.apic.threshold()
         };
         self.set_threshold(threshold);
-        if self.pending.nmi && !nmi {
+        if self.pending.nmis != 0 && !nmi {
             // No window will say when it can be taken: every exit is a chance.
             self.attend_to(Attention::EVENTS);
         }

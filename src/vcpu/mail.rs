@@ -68,7 +68,7 @@ impl Vcpu {
         named.nth(usize::from(message.vector).checked_rem(count)?)
     }
 
-    fn deliver_to(&mut self, id: u32, message: Message) {
+    pub(super) fn deliver_to(&mut self, id: u32, message: Message) {
         if id == self.id && message.mode != DeliveryMode::Init {
             return self.accept(message);
         }
@@ -77,7 +77,7 @@ impl Vcpu {
             DeliveryMode::Fixed | DeliveryMode::LowestPriority => {
                 mailbox.request(message.vector, message.trigger == Trigger::Level)
             }
-            DeliveryMode::Nmi => Events::NMI,
+            DeliveryMode::Nmi => mailbox.request_nmi(),
             DeliveryMode::ExtInt => Events::EXTINT,
             // No processor since the Pentium 4 knows the de-assert (SDM 3, 12.6.1).
             DeliveryMode::Init if !message.assert => return,
@@ -112,7 +112,7 @@ impl Vcpu {
             return;
         }
         match self.apic.accept(message) {
-            Event::Nmi => self.pending.nmi = true,
+            Event::Nmi => self.add_nmis(1),
             Event::ExtInt => self.pending.extint = true,
             // A vCPU that can send to itself has started.
             Event::None | Event::Init | Event::StartUp(_) | Event::Smi => {}
@@ -151,7 +151,9 @@ impl Vcpu {
                 });
             });
         }
-        self.pending.nmi |= mail.contains(Events::NMI);
+        if mail.contains(Events::NMI) {
+            self.add_nmis(self.mailbox().take_nmis());
+        }
         self.pending.extint |= mail.contains(Events::EXTINT);
         self.attend_to(Attention::EVENTS);
         if mail.contains(Events::CHIPSET) {

@@ -181,6 +181,8 @@ pub struct Mailbox {
     id: u32,
     /// Vectors that are requested by levels. Behind [`Events::LEVELS`]: relaxed.
     levels: [AtomicU64; 4],
+    /// NMIs. Behind [`Events::NMI`]: relaxed.
+    nmis: AtomicU32,
     /// The page of the last start-up interrupt. Behind `events`: relaxed.
     start_up: AtomicU8,
     /// The CPU takes no other interrupt while it is the vCPU's turn. No memory is read because of
@@ -206,6 +208,7 @@ impl Mailbox {
             place,
             id,
             levels: Default::default(),
+            nmis: AtomicU32::new(0),
             start_up: AtomicU8::new(0),
             by_nmi: AtomicBool::new(false),
             is_processed: AtomicBool::new(false),
@@ -305,6 +308,17 @@ impl Mailbox {
         event
     }
 
+    /// Puts an NMI in; what is to be posted for it.
+    pub fn request_nmi(&self) -> Events {
+        self.nmis.fetch_add(1, Ordering::Relaxed);
+        Events::NMI
+    }
+
+    /// How many NMIs have been put in since the last call, when [`Events::NMI`] was taken.
+    pub fn take_nmis(&self) -> u32 {
+        self.nmis.swap(0, Ordering::Relaxed)
+    }
+
     /// Puts the page of a start-up interrupt in, to be posted as [`Events::START_UP`].
     pub fn start_up(&self, page: u8) {
         self.start_up.store(page, Ordering::Relaxed);
@@ -402,6 +416,16 @@ mod tests {
         place.set_current(None);
         mailbox.post(Events::INIT);
         assert!(place.has_news());
+    }
+
+    #[test]
+    fn nmis_are_counted() {
+        let mailbox = mailbox();
+        for _ in 0..2 {
+            mailbox.post(mailbox.request_nmi());
+        }
+        assert_eq!(mailbox.take(Events::LIGHT), Events::NMI);
+        assert_eq!((mailbox.take_nmis(), mailbox.take_nmis()), (2, 0));
     }
 
     /// SDM 3, table 30-1: bit 0 to 255 the vectors, bit 256 the outstanding notification.

@@ -7,7 +7,7 @@ fn pending(interrupted: bool, exception: bool, nmi: bool) -> Pending {
     Pending {
         interrupted: interrupted.then_some((INTERRUPT, 0, 0)),
         exception: exception.then_some(Exception::InvalidOpcode),
-        nmi,
+        nmis: nmi.into(),
         extint: false,
     }
 }
@@ -34,6 +34,21 @@ fn a_blocked_nmi_lets_an_interrupt_pass() {
     );
     assert_eq!(nmi.choose(true, BLOCKED_BY_NMI, 0), Choice::Nothing);
     assert_eq!(nmi.choose(true, 0, 0), Choice::Nmi);
+}
+
+/// Two NMIs that come at once are both handled; while one is, another waits, and no more.
+#[test]
+fn as_many_nmis_wait_as_a_cpu_would_remember() {
+    let none = Pending::default();
+    assert_eq!(none.most_nmis(0), 2);
+    assert_eq!(none.most_nmis(BLOCKED_BY_STI), 2);
+    assert_eq!(none.most_nmis(BLOCKED_BY_NMI), 1);
+    let delivered = Pending {
+        interrupted: Some((InterruptionInfo::NMI, 0, 0)),
+        ..Pending::default()
+    };
+    assert_eq!(delivered.most_nmis(0), 1);
+    assert_eq!(pending(true, false, false).most_nmis(0), 2);
 }
 
 #[test]

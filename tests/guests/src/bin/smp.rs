@@ -73,6 +73,7 @@ fn run() {
     logical_x2apic(count);
     everywhere(count, || set_x2apic(false));
     halting();
+    nmis_at_once();
     clocks(count);
     devices();
     storms(count);
@@ -321,6 +322,26 @@ fn halting() {
         "an NMI ends a HLT with interrupts off",
         wait(|| processors::is_idle(1)),
     );
+}
+
+/// Two NMIs that one CPU sends another are both handled there, however close they come, and also
+/// where the other does not have the machine's CPU just then.
+fn nmis_at_once() {
+    reset();
+    for round in 1..=10 {
+        processors::run(1, || {
+            apic::send(0, entry::NMI);
+            apic::send(0, entry::NMI);
+            // Behind them, so that it is known when they have come.
+            apic::send(0, VECTOR.into());
+        });
+        wait(|| hits(0) == round);
+        check_equal(
+            "two NMIs at once both come",
+            NMIS[0].load(SeqCst),
+            2 * round,
+        );
+    }
 }
 
 /// A clock that is handed around never goes back.
