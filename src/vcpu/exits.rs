@@ -12,9 +12,6 @@ use crate::vmx::entry::{Guest, LightTable, Next};
 use crate::vmx::exit::{Exit, InterruptionInfo};
 use crate::vmx::vmcs::{Vmcs, guest, information};
 
-/// What KVM answers to a hypercall that it does not have: -KVM_ENOSYS.
-const NO_SUCH_HYPERCALL: u64 = -1000i64 as u64;
-
 impl Guest for Vcpu {
     const LIGHT: &'static LightTable<Self> = &light::TABLE;
 
@@ -48,7 +45,7 @@ impl Vcpu {
             Exit::EptViolation(violation) => self.ept_violation(violation, registers)?,
             Exit::Hlt => self.hlt(),
             Exit::Xsetbv => self.xsetbv(registers.light())?,
-            Exit::Vmcall => self.vmcall(registers.light()),
+            Exit::Vmcall => self.hypercall(registers),
             Exit::ExternalInterrupt(vector) => self.external_interrupt(vector),
             Exit::ExceptionOrNmi(info) => self.exception_or_nmi(info),
             Exit::PreemptionTimer => self.preemption_timer(),
@@ -105,17 +102,6 @@ impl Vcpu {
     fn answer_cpuid(&mut self, registers: &mut LightRegisters) {
         let (leaf, subleaf) = (registers.rax as u32, registers.rcx as u32);
         *registers = self.cpuid.lookup(leaf, subleaf).into();
-        self.skip_instruction();
-    }
-
-    #[inline(always)]
-    pub(super) fn vmcall(&mut self, registers: &mut LightRegisters) {
-        #[cfg(feature = "count-vmcs")]
-        if registers.rax == crate::vmx::count::HYPERCALL {
-            [registers.rax, registers.rcx, registers.rdx] = crate::vmx::count::sums();
-            return self.skip_instruction();
-        }
-        registers.rax = NO_SUCH_HYPERCALL;
         self.skip_instruction();
     }
 

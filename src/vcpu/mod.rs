@@ -18,6 +18,7 @@ mod exceptions;
 mod execution;
 pub mod exits;
 pub mod fault;
+mod hypercall;
 pub mod io;
 mod known_code;
 mod lead;

@@ -31,6 +31,7 @@ mod tests;
 mod timer;
 
 pub use address::Address;
+pub use icr::Command;
 pub use page::{ApicPage, register};
 pub use timer::input_hz;
 #[cfg(test)]

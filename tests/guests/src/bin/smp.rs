@@ -74,6 +74,7 @@ fn run() {
     everywhere(count, || set_x2apic(false));
     halting();
     nmis_at_once();
+    hypercalls(count);
     clocks(count);
     devices();
     storms(count);
@@ -342,6 +343,73 @@ fn nmis_at_once() {
             2 * round,
         );
     }
+}
+
+/// A hypercall with four arguments.
+fn hypercall(number: u64, [a, b, c, d]: [u64; 4]) -> i64 {
+    let result;
+    // SAFETY: it touches RAX and nothing else of the guest; RBX is the compiler's.
+    unsafe {
+        core::arch::asm!(
+            "xchg rbx, {a}",
+            "vmcall",
+            "xchg rbx, {a}",
+            a = inout(reg) a => _,
+            inlateout("rax") number => result,
+            in("rcx") b,
+            in("rdx") c,
+            in("rsi") d,
+        );
+    }
+    result
+}
+
+/// KVM's hypercall that sends to many at once.
+fn hypercalls(count: u32) {
+    const SEND_IPI: u64 = 10;
+    let fixed = u64::from(VECTOR);
+    let all = (1 << count) - 1;
+    for (what, arguments, number, expected) in [
+        (
+            "to all",
+            [u64::MAX, u64::MAX, 0, fixed],
+            i64::from(count),
+            all,
+        ),
+        ("to the second", [0b10, 0, 0, fixed], 1, 0b10),
+        (
+            "to those from the second on",
+            [u64::MAX, 0, 1, fixed],
+            i64::from(count) - 1,
+            all & !1,
+        ),
+        ("to nobody", [u64::MAX, 0, u64::from(NOBODY), fixed], 0, 0),
+        ("with a vector that is illegal", [0b11, 0, 0, 5], 0, 0),
+        (
+            "with a logical destination",
+            [0b11, 0, 0, fixed | 1 << 11],
+            -22,
+            0,
+        ),
+    ] {
+        reset();
+        let result = hypercall(SEND_IPI, arguments);
+        let taken = || (0..count).fold(0, |mask, id| mask | hits(id).min(1) << id);
+        wait(|| taken() & expected == expected);
+        let others = (1..count).all(|id| processors::run(id, || ()));
+        check_named(
+            format_args!("the hypercall that sends, {what}"),
+            (result, taken()) == (number, expected) && others,
+            format_args!("{result}, and {:#x} have it", taken()),
+        );
+    }
+    reset();
+    let nmi = hypercall(SEND_IPI, [0b10, 0, 0, entry::NMI.into()]);
+    check(
+        "it sends NMIs",
+        nmi == 1 && wait(|| NMIS[1].load(SeqCst) == 1),
+    );
+    check_equal("another one does not exist", hypercall(77, [0; 4]), -1000);
 }
 
 /// A clock that is handed around never goes back.
