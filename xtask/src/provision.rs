@@ -92,6 +92,7 @@ impl<'a> Provisioner<'a> {
                 ..self.bochs()?
             },
             syslinux: self.file("syslinux", "usr/bin/syslinux")?,
+            modules: self.folder("syslinux-common", "usr/lib/syslinux/modules/bios")?,
             mtools,
         })
     }
@@ -250,6 +251,15 @@ impl<'a> Provisioner<'a> {
         let unpacked = self.package(package)?.join(path);
         ensure!(unpacked.is_file(), "the package {package} has no {path}");
         Ok(unpacked)
+    }
+
+    /// The same for a folder.
+    fn folder(&self, package: &str, path: &str) -> Result<PathBuf> {
+        let installed = Path::new("/").join(path);
+        if installed.is_dir() {
+            return Ok(installed);
+        }
+        Ok(self.package(package)?.join(path))
     }
 
     /// The folder of an unpacked package, fetched when it is missing.

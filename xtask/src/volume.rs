@@ -94,6 +94,8 @@ pub struct Guest<'a> {
     pub kernel: &'a [u8],
     /// The initial RAM disk.
     pub initrd: Option<&'a [u8]>,
+    /// Other files for it, each with its command line.
+    pub modules: Vec<(&'a [u8], &'a str)>,
     /// The rest of its configuration.
     pub vm: &'a Vm,
 }
@@ -310,6 +312,11 @@ impl Volume {
                 .and_then(file)
                 .context("the guest has no kernel")?,
             initrd: vm.initrd.as_ref().and_then(file),
+            modules: vm
+                .modules
+                .iter()
+                .filter_map(|module| Some((file(&module.file)?, &*module.cmdline)))
+                .collect(),
             vm,
         })
     }

@@ -12,7 +12,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 /// Instructions in an emulated second: what the figures in time are for.
-pub const IPS: u64 = 400_000_000;
+pub const IPS: u64 = MachineConfig::TIMED_IPS;
 
 /// How long a machine may take.
 const LIMIT: Duration = Duration::from_secs(900);

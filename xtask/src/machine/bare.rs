@@ -2,18 +2,21 @@
 //! for what Vireo costs.
 //!
 //! Bochs's own BIOS, which unlike OVMF there has ACPI tables, starts SYSLINUX
-//! from a disk without partitions, and that the kernel. The guest's first
-//! process counts instructions from the kernel's first one (`stopwatch`). The
+//! from a disk without partitions, and that the kernel: one of Linux, or a
+//! multiboot kernel with its modules. The first process of a Linux guest
+//! counts instructions from the kernel's first one (`stopwatch`). The
 //! machine's time-stamp counter runs from power-on, and cannot be set: Bochs
 //! would not move the local APIC's deadline with it. So a few instructions in
 //! front of the kernel ([`start_stub`]) leave its value in the archive.
 
 use super::{Bochs, Machine, MachineConfig, Platform};
 use crate::image::{self, Entry};
+use crate::paths;
 use crate::volume::Guest;
 use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use vireo_handoff::config::Protocol;
 
 /// What a stock kernel needs on Bochs's CPU models, and what Vireo hides from
 /// its guests.
@@ -31,6 +34,8 @@ pub const OPTIONS: &str =
 const KERNEL: &str = "vireo/kernel";
 const INITRD: &str = "vireo/initrd";
 const CONFIG: &str = "syslinux.cfg";
+/// The module of SYSLINUX that starts multiboot kernels, and the one that this needs.
+const MULTIBOOT: [&str; 2] = ["mboot.c32", "libcom32.c32"];
 
 /// Fields of the Linux boot protocol's header (Linux, "The Linux/x86 Boot
 /// Protocol"), which stand at the same place in the kernel's file and in the
@@ -62,6 +67,8 @@ pub struct Bare {
     pub bochs: Bochs,
     /// SYSLINUX's installer, the one that uses mtools.
     pub syslinux: PathBuf,
+    /// The folder of SYSLINUX's modules.
+    pub modules: PathBuf,
     /// A folder with mtools, where they are not on the search path.
     pub mtools: Option<PathBuf>,
 }
@@ -73,6 +80,10 @@ impl Platform for Bare {
 
     fn counts_instructions(&self) -> bool {
         true
+    }
+
+    fn time(&self) -> u64 {
+        self.bochs.time()
     }
 
     fn start(&self, config: &MachineConfig) -> Result<Machine> {
@@ -88,25 +99,31 @@ impl Bare {
     /// When the kernel is none that SYSLINUX starts, or the disk cannot be
     /// written.
     pub fn write_disk(&self, path: &Path, guest: &Guest, ips: u64) -> Result<()> {
-        let clock = guest.initrd.and_then(|initrd| {
-            let at = initrd
-                .windows(MARKER.len())
-                .position(|word| word == MARKER)?;
-            u32::try_from(at + MARKER.len()).ok()
-        });
-        let mut files = vec![file(KERNEL, with_stub(guest.kernel, clock)?)];
-        let mut config = format!(
-            "SERIAL 0 115200\nDEFAULT linux\nLABEL linux\nLINUX /{KERNEL}\nAPPEND {}\n",
-            cmdline(&guest.vm.cmdline, ips)
-        );
-        if let Some(initrd) = guest.initrd {
-            files.push(file(INITRD, initrd.to_vec()));
-            config += &format!("INITRD /{INITRD}\n");
-        }
+        let (mut files, lines) = if guest.vm.protocol == Protocol::Multiboot {
+            self.multiboot(guest)?
+        } else {
+            linux(guest, ips)?
+        };
+        let config = format!("SERIAL 0 115200\nDEFAULT guest\nLABEL guest\n{lines}");
         files.push(file(CONFIG, config.into_bytes()));
         // The installer adds its own files, within the margin of FAT32.
         image::write_unpartitioned(path, &files)?;
         self.install(path)
+    }
+
+    /// The files for a multiboot kernel, and the lines of the configuration.
+    fn multiboot(&self, guest: &Guest) -> Result<(Vec<Entry>, String)> {
+        let mut files = vec![file(KERNEL, guest.kernel.to_vec())];
+        let mut line = format!("/{KERNEL} {}", guest.vm.cmdline);
+        for (index, (contents, cmdline)) in guest.modules.iter().enumerate() {
+            let name = format!("vireo/module{index}");
+            line += &format!(" --- /{name} {cmdline}");
+            files.push(file(&name, contents.to_vec()));
+        }
+        for name in MULTIBOOT {
+            files.push(file(name, paths::read(&self.modules.join(name))?));
+        }
+        Ok((files, format!("KERNEL {}\nAPPEND {line}\n", MULTIBOOT[0])))
     }
 
     /// Puts SYSLINUX on the disk.
@@ -130,6 +147,26 @@ impl Bare {
     }
 }
 
+/// The files for a bzImage, and the lines of the configuration.
+fn linux(guest: &Guest, ips: u64) -> Result<(Vec<Entry>, String)> {
+    let clock = guest.initrd.and_then(|initrd| {
+        let at = initrd
+            .windows(MARKER.len())
+            .position(|word| word == MARKER)?;
+        u32::try_from(at + MARKER.len()).ok()
+    });
+    let mut files = vec![file(KERNEL, with_stub(guest.kernel, clock)?)];
+    let mut lines = format!(
+        "LINUX /{KERNEL}\nAPPEND {}\n",
+        cmdline(&guest.vm.cmdline, ips)
+    );
+    if let Some(initrd) = guest.initrd {
+        files.push(file(INITRD, initrd.to_vec()));
+        lines += &format!("INITRD /{INITRD}\n");
+    }
+    Ok((files, lines))
+}
+
 fn file(path: &str, contents: Vec<u8>) -> Entry {
     Entry {
         path: path.into(),
@@ -151,7 +188,7 @@ fn cmdline(given: &str, ips: u64) -> String {
 fn with_stub(kernel: &[u8], clock: Option<u32>) -> Result<Vec<u8>> {
     if kernel.starts_with(b"\x7fELF") {
         bail!(
-            "SYSLINUX cannot start an ELF kernel: without Vireo, --kernel must be a bzImage (vmlinuz)"
+            "SYSLINUX cannot start an ELF kernel: without Vireo, --kernel must be a bzImage (vmlinuz); a multiboot kernel is for --multiboot"
         );
     }
     let byte = |at: usize| kernel.get(at).copied().unwrap_or_default();

@@ -41,6 +41,10 @@ impl Platform for Bochs {
         true
     }
 
+    fn time(&self) -> u64 {
+        TIME
+    }
+
     fn start(&self, config: &MachineConfig) -> Result<Machine> {
         let debugger = self.emulator.help()?.contains("-rc filename");
         for display in DISPLAYS {

@@ -25,7 +25,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How long an emulator may take to connect its serial port.
 const CONNECT: Duration = Duration::from_secs(30);
@@ -99,8 +99,10 @@ pub struct MachineConfig {
 
 impl MachineConfig {
     /// Fewer instructions in an emulated second make waiting for emulated
-    /// devices (disk, UART) cheaper; figures in time need 400 million.
+    /// devices (disk, UART) cheaper; figures in time need more.
     pub const FUNCTIONAL_IPS: u64 = 50_000_000;
+    /// Those that figures in time need.
+    pub const TIMED_IPS: u64 = 400_000_000;
 
     /// A machine with one CPU for guests of `guests` bytes in total.
     pub fn new(disk: &Path, folder: &Path, guests: u64) -> Self {
@@ -141,7 +143,7 @@ pub fn memory_for(guests: u64) -> u64 {
 }
 
 /// Something that machines run on.
-pub trait Platform {
+pub trait Platform: Sync {
     /// Its name for the user.
     fn name(&self) -> &'static str;
 
@@ -149,6 +151,13 @@ pub trait Platform {
     /// those on [`Bare`].
     fn counts_instructions(&self) -> bool {
         false
+    }
+
+    /// What the clock of a machine says that is started now, in seconds since 1970 (UTC).
+    fn time(&self) -> u64 {
+        SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |time| time.as_secs())
     }
 
     /// Starts a machine. It ends with the thread that started it at the

@@ -132,6 +132,10 @@ impl Platform for Rig {
         "QEMU with KVM in Bochs"
     }
 
+    fn time(&self) -> u64 {
+        self.bochs.time()
+    }
+
     fn start(&self, config: &MachineConfig) -> Result<Machine> {
         let ips = config.ips.max(LEAST_IPS);
         let mut initramfs = Archive::new();
