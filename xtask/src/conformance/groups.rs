@@ -2,7 +2,7 @@
 //! lines `key = value`.
 
 use std::collections::HashMap;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 /// Bytes of memory where a group asks for none: QEMU's default.
 const MEMORY: u64 = 128 << 20;
@@ -18,12 +18,40 @@ pub struct Group {
     pub vcpus: u32,
     /// Bytes.
     pub memory: u64,
-    /// The kernel's arguments.
-    pub arguments: String,
+    /// The kernel's arguments; see [`Group::arguments`].
+    arguments: String,
+    /// It is for a CPU of AMD.
+    for_amd: bool,
     /// How long it may take on hardware.
     pub timeout: Duration,
     /// Why it says nothing about this hypervisor.
     pub not_applicable: Option<String>,
+}
+
+/// How a group asks the shell for the time, in seconds since 1970.
+const TIME: &str = "`date +%s`";
+
+impl Group {
+    /// The kernel's arguments, on a machine whose clock says `time`.
+    pub fn arguments(&self, time: u64) -> String {
+        self.arguments.replace(TIME, &time.to_string())
+    }
+
+    /// Whether it compares the machine's clock with the time.
+    pub fn wants_time(&self) -> bool {
+        self.arguments.contains(TIME)
+    }
+
+    /// What the kernel is told by its module, where something is to be told. A machine without
+    /// Vireo has nothing of what the suite's machines have; and where a group is for a CPU of
+    /// AMD, it is not told that it runs on a hypervisor that would play one.
+    pub fn environment(&self, bare: bool) -> Option<String> {
+        let machine = bare.then(|| {
+            let memory = self.memory >> 20;
+            format!("NR_CPUS={}\nMEMSIZE={memory}\n", self.vcpus)
+        });
+        (bare || self.for_amd).then(|| format!("{}TEST_DEVICE=0\n", machine.unwrap_or_default()))
+    }
 }
 
 /// The groups in `text`, in its order.
@@ -71,7 +99,10 @@ fn group(name: &str, keys: &HashMap<&str, &str>) -> Option<Group> {
             .and_then(|text| text.parse().ok())
             .unwrap_or(1),
         memory: memory.unwrap_or(MEMORY),
-        arguments: expand(arguments),
+        arguments: arguments.trim_matches(['\'', '"']).to_owned(),
+        for_amd: words
+            .iter()
+            .any(|word| word.contains("vendor=AuthenticAMD")),
         timeout: timeout.map_or(TIMEOUT, Duration::from_secs),
         not_applicable,
     })
@@ -85,15 +116,6 @@ fn size(text: &str) -> Option<u64> {
         None => (lower.trim_end_matches('m'), 20),
     };
     digits.parse::<u64>().ok()?.checked_mul(1 << shift)
-}
-
-/// What a shell makes of arguments, as far as there are such: no quotes, and the time.
-fn expand(text: &str) -> String {
-    let seconds = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |time| time.as_secs());
-    text.trim_matches(['\'', '"'])
-        .replace("`date +%s`", &seconds.to_string())
 }
 
 /// Why a group cannot say anything about Vireo: it tests, or needs, what it does not have.
@@ -153,11 +175,11 @@ mod tests {
         assert_eq!(names, ["plain", "more", "vmexit_cpuid"]);
         let (plain, more) = (&groups[0], &groups[1]);
         assert_eq!(
-            (plain.vcpus, plain.memory, &*plain.arguments),
+            (plain.vcpus, plain.memory, &*plain.arguments(0)),
             (1, 128 << 20, "")
         );
         assert_eq!(
-            (more.vcpus, more.memory, &*more.arguments),
+            (more.vcpus, more.memory, &*more.arguments(0)),
             (3, 2 << 30, "x y")
         );
         assert_eq!((plain.timeout.as_secs(), more.timeout.as_secs()), (90, 30));
@@ -200,8 +222,23 @@ mod tests {
     #[test]
     fn the_time_is_an_argument() {
         let group = &parse("[k]\nfile = k.flat\ntest_args = \"10 `date +%s`\"\n")[0];
-        let (ten, seconds) = group.arguments.split_once(' ').unwrap();
-        assert!(ten == "10" && seconds.parse::<u64>().unwrap() > 1_700_000_000);
+        assert!(group.wants_time());
+        assert_eq!(group.arguments(1_767_225_600), "10 1767225600");
+    }
+
+    #[test]
+    fn the_environment_says_what_the_machine_does_not() {
+        let groups = parse(
+            "[a]\nfile = a.flat\nsmp = 2\n\
+             [b]\nfile = b.flat\nqemu_params = -cpu Opteron_G1,vendor=AuthenticAMD\n",
+        );
+        let told = |index: usize, bare| groups[index].environment(bare);
+        assert_eq!(told(0, false), None);
+        assert_eq!(
+            told(0, true).as_deref(),
+            Some("NR_CPUS=2\nMEMSIZE=128\nTEST_DEVICE=0\n")
+        );
+        assert_eq!(told(1, false).as_deref(), Some("TEST_DEVICE=0\n"));
     }
 
     #[test]
