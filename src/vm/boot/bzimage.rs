@@ -2,7 +2,7 @@
 //! real-mode code: in 64-bit mode where the kernel has such an entry point, else in 32-bit
 //! protected mode.
 
-use super::placement::{self, CODE_SELECTOR, CodeSegment, DATA_SELECTOR, Initrd, Places};
+use super::placement::{self, CodeSegment, Initrd, Places, Selectors};
 use super::{BootError, EntryMode, EntryState, Images, Machine};
 use crate::addr::Gpa;
 use crate::vm::memory::{GuestMemory, OutOfSlot};
@@ -183,7 +183,7 @@ pub fn load(images: &Images, machine: &Machine) -> Result<EntryState, BootError>
     } else {
         (EntryMode::Protected32, CodeSegment::Bits32, ENTRY_32)
     };
-    let (gdt_base, gdt_limit) = placement::write_gdt(memory, &PLACES, code)?;
+    let (gdt_base, gdt_limit) = placement::write_gdt(memory, &PLACES, Selectors::LINUX, code)?;
     Ok(EntryState {
         mode,
         rip: start.0 + entry,
@@ -193,8 +193,8 @@ pub fn load(images: &Images, machine: &Machine) -> Result<EntryState, BootError>
         rbx: 0,
         gdt_base,
         gdt_limit,
-        code_selector: CODE_SELECTOR,
-        data_selector: DATA_SELECTOR,
+        code_selector: Selectors::LINUX.code,
+        data_selector: Selectors::LINUX.data,
         as_by_bios: false,
     })
 }

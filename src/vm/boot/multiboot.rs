@@ -16,7 +16,7 @@
 //! kernel, each at a page of its own, whether it asks for that or not.
 
 use super::elf::{self, Segment, Segments};
-use super::placement::{self, CODE_SELECTOR, CodeSegment, DATA_SELECTOR, PlacedModule, Places};
+use super::placement::{self, CodeSegment, PlacedModule, Places, Selectors};
 use super::{BootError, EntryMode, EntryState, Images, Machine, Module};
 use crate::addr::Gpa;
 use crate::vm::memory::{GuestMemory, OutOfSlot};
@@ -98,7 +98,8 @@ pub fn load(header: &Header, images: &Images, machine: &Machine) -> Result<Entry
     let modules = placement::write_modules(memory, &PLACES, &all, end..ram_end, MODULE_ENTRY)?;
     write_info(&modules, machine)?;
     write_vectors(memory)?;
-    let (gdt_base, gdt_limit) = placement::write_gdt(memory, &PLACES, CodeSegment::Bits32)?;
+    let (gdt_base, gdt_limit) =
+        placement::write_gdt(memory, &PLACES, Selectors::FIRST, CodeSegment::Bits32)?;
     Ok(EntryState {
         mode: EntryMode::Protected32,
         rip: entry,
@@ -108,8 +109,8 @@ pub fn load(header: &Header, images: &Images, machine: &Machine) -> Result<Entry
         rbx: PARAMETERS.0,
         gdt_base,
         gdt_limit,
-        code_selector: CODE_SELECTOR,
-        data_selector: DATA_SELECTOR,
+        code_selector: Selectors::FIRST.code,
+        data_selector: Selectors::FIRST.data,
         as_by_bios: true,
     })
 }

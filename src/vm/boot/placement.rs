@@ -55,9 +55,26 @@ impl Places {
     }
 }
 
-/// The selectors that the Linux protocol names; the others name none.
-pub(super) const CODE_SELECTOR: u16 = 0x10;
-pub(super) const DATA_SELECTOR: u16 = 0x18;
+/// Of the code and the data segment.
+#[derive(Clone, Copy)]
+pub(super) struct Selectors {
+    pub code: u16,
+    pub data: u16,
+}
+
+impl Selectors {
+    /// Those that the Linux protocol names.
+    pub const LINUX: Self = Self {
+        code: 0x10,
+        data: 0x18,
+    };
+    /// The first ones, where a protocol names none: some kernels have a GDT of their own that begins
+    /// so, and never load CS.
+    pub const FIRST: Self = Self {
+        code: 0x08,
+        data: 0x10,
+    };
+}
 
 /// A flat code segment, as a GDT holds it (SDM volume 3, 3.4.5).
 #[derive(Clone, Copy)]
@@ -73,13 +90,18 @@ const DATA_SEGMENT: u64 = 0x00cf_9300_0000_ffff;
 pub(super) fn write_gdt(
     memory: &GuestMemory,
     places: &Places,
+    selectors: Selectors,
     code: CodeSegment,
 ) -> Result<(Gpa, u16), OutOfSlot> {
-    let entries = [0, 0, code as u64, DATA_SEGMENT];
-    for (gpa, entry) in (places.gdt.0..).step_by(8).zip(entries) {
-        memory.write(Gpa(gpa), &entry.to_le_bytes())?;
+    memory.fill(places.gdt, selectors.data.into(), 0)?;
+    for (selector, entry) in [
+        (selectors.code, code as u64),
+        (selectors.data, DATA_SEGMENT),
+    ] {
+        let at = places.gdt.wrapping_add(selector.into());
+        memory.write(at, &entry.to_le_bytes())?;
     }
-    Ok((places.gdt, (entries.len() * 8 - 1) as u16))
+    Ok((places.gdt, selectors.data + 7))
 }
 
 /// Writes the command line and its zero; the kernel takes `limit` bytes.

@@ -11,7 +11,7 @@
 //! 0x3000     hvm_modlist_entry: the initrd, then the modules
 //! ```
 
-use super::placement::{self, CODE_SELECTOR, CodeSegment, DATA_SELECTOR, PlacedModule, Places};
+use super::placement::{self, CodeSegment, PlacedModule, Places, Selectors};
 use super::{BootError, EntryMode, EntryState, Images, Machine, elf};
 use crate::addr::Gpa;
 use crate::vm::memory::GuestMemory;
@@ -65,7 +65,8 @@ pub(super) fn load(
         MODULE_ENTRY,
     )?);
     write_start_info(&modules, machine)?;
-    let (gdt_base, gdt_limit) = placement::write_gdt(memory, &PLACES, CodeSegment::Bits32)?;
+    let (gdt_base, gdt_limit) =
+        placement::write_gdt(memory, &PLACES, Selectors::FIRST, CodeSegment::Bits32)?;
     Ok(EntryState {
         mode: EntryMode::Protected32,
         rip: entry,
@@ -75,8 +76,8 @@ pub(super) fn load(
         rbx: PARAMETERS.0,
         gdt_base,
         gdt_limit,
-        code_selector: CODE_SELECTOR,
-        data_selector: DATA_SELECTOR,
+        code_selector: Selectors::FIRST.code,
+        data_selector: Selectors::FIRST.data,
         as_by_bios: false,
     })
 }
