@@ -31,6 +31,8 @@ pub struct Options {
     pub vcpus: u32,
     /// The guest's time-stamp counter, in kHz.
     pub tsc_khz: u32,
+    /// The guest's local APICs have the x2APIC mode.
+    pub x2apic: bool,
     /// The input clock of the guest's local APIC timers, in kHz.
     pub apic_bus_khz: u32,
     /// RDTSCP and RDPID do not fault in guest mode ("enable RDTSCP").
@@ -62,6 +64,7 @@ const fn bits(list: &[u32]) -> u32 {
 const LEAF1_ECX: u32 = bits(&[0, 1, 9, 12, 13, 17, 19, 20, 22, 23, 25, 26, 28, 29, 30]);
 /// Leaf 1 ECX, emulated whether or not the host has it: x2APIC, TSC deadline; and "a hypervisor is present".
 const LEAF1_ECX_SET: u32 = bits(&[21, 24, 31]);
+const LEAF1_ECX_X2APIC: u32 = 1 << 21;
 const LEAF1_ECX_FMA_AVX_F16C: u32 = bits(&[12, 28, 29]);
 const LEAF1_ECX_XSAVE: u32 = 1 << 26;
 const LEAF1_ECX_OSXSAVE: u32 = 1 << 27;
@@ -334,7 +337,7 @@ impl CpuidTable {
                 [0; 4]
             }
         };
-        // Leaf 0xB always exists, since x2APIC is always offered. Above 0xD nothing is shown:
+        // Leaf 0xB always exists: a hypervisor offers x2APIC whatever the CPU has. Above 0xD nothing is shown:
         // 0x14 needs processor trace; 0x15 and 0x16 name frequencies that need not be those of
         // this counter and this APIC timer (leaf 0x4000_0010 has the measured ones).
         let highest = if self.xsave.supported != 0 { 0xd } else { 0xb };
@@ -374,6 +377,9 @@ impl CpuidTable {
         // Brand index and CLFLUSH size are the host's; identifiers and their number are the VM's.
         row[EBX] = host[EBX] & 0xffff | slots.min(255) << 16 | (apic_id & 0xff) << 24;
         row[ECX] = host[ECX] & LEAF1_ECX | LEAF1_ECX_SET;
+        if !options.x2apic {
+            row[ECX] &= !LEAF1_ECX_X2APIC;
+        }
         if self.xsave.supported == 0 {
             row[ECX] &= !LEAF1_ECX_XSAVE;
         }

@@ -39,7 +39,9 @@ impl Vcpu {
             }
             return;
         }
-        if let Destination::Physical(id) = message.destination {
+        if let Destination::Physical(id) = message.destination
+            && self.vm.x2apic
+        {
             // Identifiers are the vCPUs' numbers, in both modes.
             if id < self.vm.vcpus() && self.is_named(id, message, from_self) {
                 self.deliver_to(id, message);

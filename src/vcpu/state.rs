@@ -144,6 +144,7 @@ impl Vcpu {
         let options = cpuid::Options {
             vcpus: vm.vcpus(),
             tsc_khz,
+            x2apic: vm.x2apic,
             apic_bus_khz: (local_apic::input_hz(vm.clock) / 1000) as u32,
             rdtscp: controls.has(SecondaryControls::ENABLE_RDTSCP),
             invpcid: controls.has(SecondaryControls::ENABLE_INVPCID),
@@ -199,7 +200,12 @@ impl Vcpu {
             turn_ends: NEVER,
             slice: NEVER,
             output_waits: false,
-            apic: LocalApic::new(id, id == 0, vm.clock).delivered_by_cpu(tier.delivers()),
+            apic: LocalApic::new(id, id == 0, vm.clock)
+                .with_config(local_apic::Config {
+                    x2apic: vm.x2apic,
+                    ..local_apic::Config::default()
+                })
+                .delivered_by_cpu(tier.delivers()),
             tier,
             threshold: 0,
             apic_page: None,

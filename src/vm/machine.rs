@@ -33,6 +33,8 @@ pub struct Vm {
     pub stillness: Stillness,
     /// Who is to be the vCPUs' local APIC.
     pub apic: ApicMode,
+    /// Those have the x2APIC mode, and each the identifier that is the vCPU's number for good.
+    pub x2apic: bool,
     pub memory: GuestMemory,
     pub chipset: Mutex<Chipset>,
     pub signals: Signals,
@@ -147,6 +149,7 @@ impl Vm {
                 .collect(),
             stillness: Stillness::default(),
             apic: config.apic,
+            x2apic: config.x2apic,
             memory: guest_memory,
             chipset: Mutex::new(Chipset::new(clock, Ticks(0), chipset)),
             signals: Signals::default(),

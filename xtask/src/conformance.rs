@@ -281,6 +281,9 @@ fn boot(
         .args(["--timeout", &limit.to_string()])
         .arg("--folder")
         .arg(folder);
+    if !group.x2apic {
+        command.arg("--no-x2apic");
+    }
     if group.wants_time() {
         // The time until a kernel starts counts.
         command.args(["--ips", &MachineConfig::TIMED_IPS.to_string()]);

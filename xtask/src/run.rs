@@ -28,7 +28,7 @@ pub(crate) const DISK: &str = "disk.img";
 #[derive(Args, Debug, Default)]
 pub struct GuestOptions {
     /// The configuration file; the files that it names stand below its folder
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["image", "firmware", "modules", "initrd", "cmdline", "memory", "vcpus", "apic", "statistics", "test_device"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["image", "firmware", "modules", "initrd", "cmdline", "memory", "vcpus", "apic", "statistics", "test_device", "no_x2apic"])]
     pub config: Option<PathBuf>,
     /// The guest's kernel, instead of Debian's; how it is started is seen from the file
     #[arg(long, value_name = "FILE", group = "image")]
@@ -66,6 +66,9 @@ pub struct GuestOptions {
     /// Give the guest the device that test suites expect
     #[arg(long)]
     pub test_device: bool,
+    /// Give the guest's local APICs no x2APIC mode
+    #[arg(long)]
+    pub no_x2apic: bool,
 }
 
 /// `cargo xtask run`
@@ -74,7 +77,7 @@ pub struct Options {
     #[command(flatten)]
     guest: GuestOptions,
     /// Boot this disk image, as `image` makes them, instead of making one
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["config", "image", "firmware", "modules", "initrd", "cmdline", "memory", "vcpus", "apic", "statistics", "test_device", "exec"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["config", "image", "firmware", "modules", "initrd", "cmdline", "memory", "vcpus", "apic", "statistics", "test_device", "no_x2apic", "exec"])]
     disk: Option<PathBuf>,
     /// Run COMMAND in the guest's shell, print its output, power off, and exit with its status
     #[arg(long, value_name = "COMMAND")]
@@ -176,6 +179,7 @@ impl GuestOptions {
             vcpus: self.vcpus,
             apic: self.apic,
             test_device: self.test_device,
+            x2apic: !self.no_x2apic,
             statistics: if self.statistics {
                 Statistics::Times
             } else {

@@ -47,6 +47,8 @@ pub struct Single<'a> {
     pub statistics: Statistics,
     /// Whether it has the device that test suites expect.
     pub test_device: bool,
+    /// Its local APICs have the x2APIC mode.
+    pub x2apic: bool,
 }
 
 /// What a guest's shell is to do instead of taking the terminal.
@@ -187,6 +189,7 @@ impl Volume {
             apic: single.apic.unwrap_or_default(),
             statistics: single.statistics,
             test_device: single.test_device,
+            x2apic: single.x2apic,
             serial: Serial::default(),
             on_reboot: Policy::default(),
             on_crash: Policy::default(),

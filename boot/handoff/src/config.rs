@@ -50,6 +50,9 @@ pub struct Vm {
     pub protocol: Protocol,
     /// Who is the guest's local APIC.
     pub apic: ApicMode,
+    /// Its local APICs have the x2APIC mode. Those without it let software change their
+    /// identifiers.
+    pub x2apic: bool,
     /// What is recorded about its VM exits.
     pub statistics: Statistics,
     /// It has the device that test suites expect.
@@ -276,6 +279,8 @@ mod read {
         protocol: Protocol,
         #[serde(default)]
         apic: ApicMode,
+        #[serde(default = "yes")]
+        x2apic: bool,
         #[serde(default)]
         statistics: Statistics,
         #[serde(default)]
@@ -286,6 +291,10 @@ mod read {
         on_reboot: Policy,
         #[serde(default)]
         on_crash: Policy,
+    }
+
+    fn yes() -> bool {
+        true
     }
 
     fn one() -> Spanned<u32> {
@@ -485,6 +494,7 @@ mod read {
                     protocol: vm.protocol,
                     apic: vm.apic,
                     statistics: vm.statistics,
+                    x2apic: vm.x2apic,
                     test_device: vm.test_device,
                     serial,
                     on_reboot: vm.on_reboot,
@@ -560,6 +570,13 @@ mod read {
             let text = alloc::format!("{GOOD}firmware = \"bios.bin\"\n");
             let config = Config::parse("vireo.toml", &text).unwrap();
             assert_eq!(config.files(), ["vmlinuz", "bios.bin"]);
+        }
+
+        #[test]
+        fn an_apic_without_x2apic_mode() {
+            let x2apic = |text: &str| Config::parse("vireo.toml", text).unwrap().vm[0].x2apic;
+            assert!(x2apic(GOOD));
+            assert!(!x2apic(&alloc::format!("{GOOD}x2apic = false\n")));
         }
 
         #[test]

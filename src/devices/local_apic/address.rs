@@ -16,6 +16,8 @@ pub struct Address {
     model: u8,
     /// The logical address that software has given it in xAPIC mode.
     logical: u8,
+    /// The identifier in xAPIC mode.
+    xapic_id: u8,
     /// The x2APIC identifier.
     id: u32,
 }
@@ -32,7 +34,8 @@ impl Address {
             Destination::Itself => from_self,
             Destination::All => true,
             Destination::Others => !from_self,
-            Destination::Physical(id) => id == physical_id(self.mode, self.id),
+            Destination::Physical(id) if self.mode == Mode::X2Apic => id == self.id,
+            Destination::Physical(id) => id == u32::from(self.xapic_id),
             Destination::Logical(address) => self.is_logical_destination(address),
         }
     }
@@ -63,7 +66,7 @@ impl Address {
         }
     }
 
-    /// All of it but the identifier, which never changes, in one word.
+    /// All of it but the x2APIC identifier, which never changes, in one word.
     pub const fn to_word(self) -> u32 {
         let mode = match self.mode {
             Mode::Disabled => 0,
@@ -73,6 +76,7 @@ impl Address {
         mode | (self.enabled as u32) << 2
             | (self.model as u32 & 0xf) << 4
             | (self.logical as u32) << 8
+            | (self.xapic_id as u32) << 16
     }
 
     /// From that word, of the APIC with the identifier `id`.
@@ -87,16 +91,9 @@ impl Address {
             enabled: word & 1 << 2 != 0,
             model: (word >> 4) as u8 & 0xf,
             logical: (word >> 8) as u8,
+            xapic_id: (word >> 16) as u8,
             id,
         }
-    }
-}
-
-/// The identifier that messages name, in the mode.
-pub(super) const fn physical_id(mode: Mode, id: u32) -> u32 {
-    match mode {
-        Mode::X2Apic => id,
-        _ => id & 0xff,
     }
 }
 
@@ -114,6 +111,7 @@ impl LocalApic {
             enabled: self.is_enabled(),
             model: (self.page().get(register::DFR) >> 28) as u8,
             logical: (self.page().get(register::LDR) >> 24) as u8,
+            xapic_id: (self.page().get(register::ID) >> 24) as u8,
             id: self.id(),
         }
     }
@@ -131,15 +129,22 @@ mod tests {
 
     fn any_address() -> impl Strategy<Value = Address> {
         let mode = prop_oneof![Just(Mode::Disabled), Just(Mode::XApic), Just(Mode::X2Apic)];
-        (mode, any::<bool>(), 0u8..16, any::<u8>(), 0u32..300).prop_map(
-            |(mode, enabled, model, logical, id)| Address {
+        (
+            mode,
+            any::<bool>(),
+            0u8..16,
+            any::<u8>(),
+            any::<u8>(),
+            0u32..300,
+        )
+            .prop_map(|(mode, enabled, model, logical, xapic_id, id)| Address {
                 mode,
                 enabled,
                 model,
                 logical,
+                xapic_id,
                 id,
-            },
-        )
+            })
     }
 
     proptest! {
@@ -150,7 +155,7 @@ mod tests {
 
         #[test]
         fn an_x2apic_is_named_by_its_own_logical_address_alone(id in 0u32..1 << 20, other in 0u32..1 << 20) {
-            let address = Address { mode: Mode::X2Apic, enabled: true, model: 0, logical: 0, id };
+            let address = Address { mode: Mode::X2Apic, enabled: true, model: 0, logical: 0, xapic_id: 0, id };
             let named = |id| address.is_named_by(Destination::Logical(x2apic_logical(id)), false);
             prop_assert!(named(id));
             prop_assert_eq!(named(other), id == other);

@@ -54,6 +54,7 @@ impl LocalApic {
             return Err(Fault);
         }
         let mode = match (value & ENABLED != 0, value & X2APIC != 0) {
+            (_, true) if !self.config.x2apic => return Err(Fault),
             (false, false) => Mode::Disabled,
             (true, false) => Mode::XApic,
             (true, true) => Mode::X2Apic,

@@ -162,7 +162,7 @@ impl LocalApic {
             Some(DeliveryMode::Smi) => Event::Smi,
             Some(DeliveryMode::ExtInt) => Event::ExtInt,
             Some(DeliveryMode::Init) => {
-                self.reset();
+                self.init();
                 Event::Init
             }
             Some(DeliveryMode::LowestPriority | DeliveryMode::StartUp) | None => Event::None,

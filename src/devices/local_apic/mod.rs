@@ -86,6 +86,9 @@ pub struct Config {
     /// register, bit 12 of the SVR) and use the I/O APIC's EOI register. The
     /// broadcast costs nothing here and that register an exit, so not by default.
     pub eoi_broadcast_suppression: bool,
+    /// Whether there is x2APIC mode. Where there is none, software may change the identifier, as
+    /// on the CPUs before; where there is, it may not, as on those of today (SDM 3, 12.4.6).
+    pub x2apic: bool,
 }
 
 impl Default for Config {
@@ -93,7 +96,18 @@ impl Default for Config {
         Self {
             physical_address_bits: 52,
             eoi_broadcast_suppression: false,
+            x2apic: true,
         }
+    }
+}
+
+/// [`LocalApic::unique`].
+fn unique(id: u32, config: Config) -> u32 {
+    let id = id & 0xff;
+    if config.x2apic && id != 0xff {
+        id
+    } else {
+        u32::MAX
     }
 }
 
@@ -102,6 +116,9 @@ impl Default for Config {
 pub struct LocalApic {
     page: Box<ApicPage>,
     id: u32,
+    /// The identifier in xAPIC mode, where no other APIC may have it, nor is it everybody's; else
+    /// `u32::MAX`.
+    unique: u32,
     config: Config,
     mode: Mode,
     /// Address and bootstrap flag, as in IA32_APIC_BASE.
@@ -132,6 +149,7 @@ impl LocalApic {
         let mut apic = Self {
             page: Box::new(ApicPage::new()),
             id,
+            unique: unique(id, Config::default()),
             config: Config::default(),
             mode: Mode::XApic,
             base: base::at_power_on(bootstrap),
@@ -151,6 +169,7 @@ impl LocalApic {
     /// The same with another configuration.
     pub fn with_config(mut self, config: Config) -> Self {
         self.config = config;
+        self.unique = unique(self.id, config);
         self.power_on();
         self
     }
@@ -268,7 +287,7 @@ impl LocalApic {
             DeliveryMode::Smi => Event::Smi,
             DeliveryMode::ExtInt => Event::ExtInt,
             DeliveryMode::Init if message.assert => {
-                self.reset();
+                self.init();
                 Event::Init
             }
             // No processor since the Pentium 4 knows the de-assert (SDM 3, 12.6.1).

@@ -51,7 +51,7 @@ pub mod register {
     /// Whether it belongs to [`crate::devices::local_apic::Address`].
     #[inline]
     pub const fn is_address(offset: u16) -> bool {
-        matches!(offset, LDR | DFR | SVR)
+        matches!(offset, ID | LDR | DFR | SVR)
     }
 }
 

@@ -43,8 +43,17 @@ const X2APIC_MSR: u32 = 0x800;
 const REGISTERS_END: u16 = 0x400;
 
 impl LocalApic {
-    /// The registers after power-on or INIT, in the mode (SDM 3, 12.4.7.1 and 12.12.5.1).
+    /// The registers after power-on, in the mode (SDM 3, 12.4.7.1 and 12.12.5.1).
     pub(super) fn reset(&mut self) {
+        self.reset_but_id(self.id << 24);
+    }
+
+    /// INIT leaves the identifier alone (SDM 3, 12.4.7.3).
+    pub(super) fn init(&mut self) {
+        self.reset_but_id(self.page.get(register::ID));
+    }
+
+    fn reset_but_id(&mut self, xapic_id: u32) {
         self.page.clear();
         self.requested = Vectors::default();
         self.in_service = Vectors::default();
@@ -66,7 +75,7 @@ impl LocalApic {
         if self.mode == Mode::X2Apic {
             self.enter_x2apic();
         } else {
-            self.page.set(register::ID, self.id << 24);
+            self.page.set(register::ID, xapic_id);
         }
     }
 
@@ -132,6 +141,7 @@ impl LocalApic {
                 return self.send(low, destination, 0xff);
             }
             register::ICR_HIGH | register::LDR => self.page.set(offset, value & 0xff << 24),
+            register::ID if !self.config.x2apic => self.page.set(offset, value & 0xff << 24),
             register::DFR => self.page.set(offset, value | DFR_ONES),
             _ if self.write(now, offset, value) => {}
             // Read-only.
@@ -150,8 +160,7 @@ impl LocalApic {
                 self.send_to_itself(value as u8);
                 None
             }
-            // Read-only.
-            register::ID => {
+            register::ID if self.config.x2apic => {
                 self.page.set(register::ID, self.id << 24);
                 None
             }
@@ -230,8 +239,8 @@ impl LocalApic {
     pub fn xapic_self_ipi(&mut self, low: u32) -> bool {
         let low = low & icr::WRITABLE;
         let destination = self.page.get(register::ICR_HIGH) >> 24;
-        let known = icr::is_fixed_to_itself(low)
-            || icr::is_fixed_to(low) && destination == self.id & 0xff && destination != 0xff;
+        let known =
+            icr::is_fixed_to_itself(low) || icr::is_fixed_to(low) && destination == self.unique;
         if known {
             self.page.set(register::ICR, low);
             self.send_to_itself(low as u8);
@@ -370,11 +379,14 @@ impl LocalApic {
 
     #[inline(never)]
     fn send_decoded(&mut self, command: Command) -> Option<Action> {
+        let own = match self.mode {
+            Mode::X2Apic => self.id,
+            _ => self.unique,
+        };
         match command {
             Command::Send(message)
                 if message.mode == DeliveryMode::Fixed
-                    && message.destination
-                        == Destination::Physical(address::physical_id(self.mode, self.id)) =>
+                    && message.destination == Destination::Physical(own) =>
             {
                 self.accept(message);
             }

@@ -97,6 +97,7 @@ fn play(recording: &Recording) -> impl Fn(u32, u32) -> Registers {
 const OPTIONS: Options = Options {
     vcpus: 1,
     tsc_khz: 400_000,
+    x2apic: true,
     apic_bus_khz: 1_000_000,
     rdtscp: true,
     invpcid: true,

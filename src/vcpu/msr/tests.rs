@@ -15,6 +15,7 @@ fn host(leaf: u32, _: u32) -> Registers {
 const CPUID: CpuidOptions = CpuidOptions {
     vcpus: 1,
     tsc_khz: 2_400_000,
+    x2apic: true,
     apic_bus_khz: 1_000_000,
     rdtscp: true,
     invpcid: true,

@@ -22,6 +22,8 @@ pub struct Group {
     arguments: String,
     /// It is for a CPU of AMD.
     for_amd: bool,
+    /// It is for a CPU whose local APIC has the x2APIC mode, or may have it.
+    pub x2apic: bool,
     /// How long it may take on hardware.
     pub timeout: Duration,
     /// Why it says nothing about this hypervisor.
@@ -100,6 +102,7 @@ fn group(name: &str, keys: &HashMap<&str, &str>) -> Option<Group> {
             .unwrap_or(1),
         memory: memory.unwrap_or(MEMORY),
         arguments: arguments.trim_matches(['\'', '"']).to_owned(),
+        x2apic: !words.iter().any(|word| word.contains("-x2apic")),
         for_amd: words
             .iter()
             .any(|word| word.contains("vendor=AuthenticAMD")),
@@ -230,8 +233,9 @@ mod tests {
     fn the_environment_says_what_the_machine_does_not() {
         let groups = parse(
             "[a]\nfile = a.flat\nsmp = 2\n\
-             [b]\nfile = b.flat\nqemu_params = -cpu Opteron_G1,vendor=AuthenticAMD\n",
+             [b]\nfile = b.flat\nqemu_params = -cpu Opteron_G1,-x2apic,vendor=AuthenticAMD\n",
         );
+        assert!(groups[0].x2apic && !groups[1].x2apic);
         let told = |index: usize, bare| groups[index].environment(bare);
         assert_eq!(told(0, false), None);
         assert_eq!(

@@ -41,6 +41,36 @@ fn the_bootstrap_processor_is_in_virtual_wire_mode() {
 }
 
 #[test]
+fn without_x2apic_mode_the_identifier_can_be_changed() {
+    let mut apic = LocalApic::new(3, false, Clock::new(HZ)).with_config(Config {
+        x2apic: false,
+        ..Config::default()
+    });
+    set(&mut apic, 0xf0, 0x1ff);
+    let base = apic.base_msr();
+    assert_eq!(apic.set_base_msr(NOW, base | 1 << 10), Err(Fault));
+    set(&mut apic, 0x20, 0x0712_3456);
+    assert_eq!(get(&mut apic, 0x20), 0x0700_0000);
+    assert!(apic.is_destination(Destination::Physical(7), false));
+    assert!(!apic.is_destination(Destination::Physical(3), false));
+    // Another may have that identifier too: the command goes to whoever has it.
+    assert!(!apic.xapic_self_ipi(0x41));
+    set(&mut apic, 0x310, 0x0700_0000);
+    let sent = apic.mmio_write(NOW, 0x300, Width::Dword, 0x41);
+    assert!(matches!(sent, Some(Action::Send(_))));
+    // INIT leaves it, until the APIC is off.
+    apic.accept(message(DeliveryMode::Init, 7, Trigger::Edge));
+    assert_eq!(get(&mut apic, 0x20), 0x0700_0000);
+    apic.set_base_msr(NOW, base & !(1 << 11)).unwrap();
+    apic.set_base_msr(NOW, base).unwrap();
+    assert_eq!(get(&mut apic, 0x20), 0x0300_0000);
+    // A CPU of today keeps it.
+    let mut apic = xapic();
+    set(&mut apic, 0x20, 0x0700_0000);
+    assert_eq!(get(&mut apic, 0x20), 0x0300_0000);
+}
+
+#[test]
 fn what_software_can_write() {
     let mut apic = xapic();
     for (offset, value) in [
