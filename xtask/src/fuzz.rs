@@ -23,7 +23,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How many guests there are, one after the other: what they do may also be to power off.
+/// How many guests a machine has, one after the other: what they do may also be to power off.
 const GUESTS: u32 = 32;
 /// How often it is said how far it is.
 const TOLD: Duration = Duration::from_secs(30);
@@ -95,6 +95,8 @@ struct Tally {
     resets: u64,
     /// How often each harmless end came, by the beginning of its sentence.
     ends: BTreeMap<&'static str, u64>,
+    /// Guests of this machine that have powered off, or ended themselves by the test device.
+    over: u32,
     /// What must not be.
     failure: Option<String>,
 }
@@ -137,7 +139,8 @@ impl Tally {
                 }
             }
             Verdict::Panic(_) | Verdict::Error(_) => self.failure = verdict.failure(),
-            Verdict::PoweredOff { .. } | Verdict::Reset { .. } | Verdict::Exited { .. } => {}
+            Verdict::PoweredOff { .. } | Verdict::Exited { .. } => self.over += 1,
+            Verdict::Reset { .. } => {}
         }
     }
 
@@ -173,7 +176,6 @@ pub fn run(options: &Options) -> Result<u8> {
     build::all()?;
     let kernel = build::guest("fuzz")?;
     fs::copy(&kernel, folder.join("fuzz")).context("cannot copy the guest")?;
-    fs::write(folder.join("vireo.toml"), configuration(options)?)?;
     attend(options, &folder)
 }
 
@@ -203,7 +205,7 @@ fn configuration(options: &Options) -> Result<String> {
     Ok(text)
 }
 
-/// Runs the machine, until the guest has done enough.
+/// Runs machines, one when the guests of the other are over, until they have done enough.
 fn attend(options: &Options, folder: &Path) -> Result<u8> {
     let wanted = match options.seed {
         Some(_) => u64::MAX,
@@ -217,6 +219,12 @@ fn attend(options: &Options, folder: &Path) -> Result<u8> {
     loop {
         let line = match machine.lines.recv_timeout(SILENCE) {
             Ok(line) => line,
+            Err(RecvTimeoutError::Disconnected) if tally.over == GUESTS => {
+                tally.over = 0;
+                machine.end()?;
+                machine = Session::start(options, folder, limit)?;
+                continue;
+            }
             Err(RecvTimeoutError::Disconnected) => break,
             Err(RecvTimeoutError::Timeout) if silent => {
                 tally.failure = Some("the hypervisor does not answer".into());
@@ -274,6 +282,7 @@ struct Session {
 
 impl Session {
     fn start(options: &Options, folder: &Path, limit: u64) -> Result<Self> {
+        fs::write(folder.join("vireo.toml"), configuration(options)?)?;
         let quoted = |path: &Path| format!("'{}'", path.display());
         let mut line = format!(
             "{} run --smp {} --timeout {limit} --config {} --folder {}",

@@ -117,13 +117,12 @@ fn turns() {
             LOOKED.store(rdtsc(), Relaxed);
         }
     });
-    let mut before = rdtsc();
+    // Whatever it is interrupted at, the next look sees that the other has looked since.
+    let mut seen = LOOKED.load(Relaxed);
     wait("end of a slice, switch, next instruction", || {
         loop {
             let (other, now) = (LOOKED.load(Relaxed), rdtsc());
-            let own = core::mem::replace(&mut before, now);
-            // It has run since this one has last looked.
-            if other > own {
+            if core::mem::replace(&mut seen, other) != other {
                 return now - other;
             }
         }
