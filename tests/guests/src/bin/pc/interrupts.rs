@@ -1,8 +1,8 @@
 //! When interrupts come: shadows, HLT, NMI, and delivery through pages that
 //! the hypervisor has not mapped yet.
 
-use vireo_test_guests::apic::{self, entry};
-use vireo_test_guests::cpu::{self, rdmsr};
+use vireo_test_guests::apic::{self, entry, register};
+use vireo_test_guests::cpu::{self, msr, rdmsr};
 use vireo_test_guests::descriptors::{self, SPARE_STACK_INDEX, selector};
 use vireo_test_guests::exceptions::{self, Frame, is_gp, vector};
 use vireo_test_guests::{Shared, check, check_equal, execute, time};
@@ -10,6 +10,8 @@ use vireo_test_guests::{Shared, check, check_equal, execute, time};
 /// A vector for interrupts to ourselves.
 const IPI: u8 = 0x41;
 const LATER: u8 = 0x42;
+/// So many ticks are more than an exit takes.
+const DEADLINES: u64 = 1500;
 
 static RIP: Shared<u64> = Shared::new(0);
 static DEPTH: Shared<u64> = Shared::new(0);
@@ -22,6 +24,7 @@ fn note_rip(frame: &mut Frame) {
 
 pub fn check_all() {
     shadows();
+    shadows_across_exits();
     halt();
     // From here on NMIs have a handler: one that comes late fails its check, and not the guest.
     nmi();
@@ -84,6 +87,29 @@ fn shadows() {
     check_equal("STI and CLI let no interrupt in", exceptions::count(IPI), 0);
     cpu::interrupt_window();
     check_equal("an open window lets it in", exceptions::count(IPI), 1);
+}
+
+/// The shadow of STI holds wherever an exit falls: a timer's deadline comes in each of the
+/// instructions once.
+fn shadows_across_exits() {
+    apic::write(register::LVT_TIMER, entry::TSC_DEADLINE | u32::from(LATER));
+    let (mut early, mut late) = (0, 0);
+    for ticks in 0..DEADLINES {
+        exceptions::on(IPI, note_rip);
+        exceptions::on(LATER, note_rip);
+        apic::send(0, entry::TO_SELF | u32::from(IPI));
+        cpu::wrmsr(msr::TSC_DEADLINE, cpu::rdtsc() + ticks);
+        execute!(".rept 64", "sti", "cli", ".endr");
+        let taken = || exceptions::count(IPI) + exceptions::count(LATER);
+        early += taken();
+        time::wait(time::microseconds(1000), || {
+            apic::has_vector(register::IRR, LATER)
+        });
+        cpu::interrupt_window();
+        late += taken();
+    }
+    check_equal("STI and CLI let no interrupt in at any exit", early, 0);
+    check_equal("they come after it", late, 2 * DEADLINES);
 }
 
 fn halt() {
