@@ -6,6 +6,7 @@
 //! one that is not below it has something to do again: by mail
 //! ([`crate::vm::mailbox`]), or because a moment has come. A moment ends the turn through
 //! the guest's preemption timer, so that nothing else interrupts a guest that has the CPU alone.
+//! Short turns with short waits between them count as a slice when they add up to one ([`Share`]).
 //!
 //! A vCPU that has waited finds its registers where it left them, if no other has had the CPU
 //! meanwhile: they are saved when another comes, not when it goes.
@@ -54,6 +55,7 @@ pub struct Task {
     slice_ends: u64,
     /// Ticks of a turn while equals are ready.
     slice: u64,
+    share: Share,
 }
 
 const READY: u64 = 0;
@@ -81,6 +83,38 @@ impl Rank {
     }
 }
 
+/// What a vCPU takes of its CPU that waits again and again: it goes before its equals when it wakes
+/// up only while it waits for longer than it works. Else one that wakes up without end would leave
+/// them nothing.
+#[derive(Clone, Copy, Debug, Default)]
+struct Share {
+    /// Ticks that it has worked since it went behind its equals last, less those that it has waited.
+    worked: u64,
+    /// When it began to wait; 0 where it did not.
+    waits_since: u64,
+}
+
+impl Share {
+    /// It goes on.
+    fn begin(&mut self, now: u64) {
+        if self.waits_since != 0 {
+            let waited = now.saturating_sub(mem::take(&mut self.waits_since));
+            self.worked = self.worked.saturating_sub(waited);
+        }
+    }
+
+    /// It waits from `now` on, and has worked since `began`; whether that is a whole slice by now.
+    fn wait(&mut self, began: u64, now: u64, slice: u64) -> bool {
+        self.waits_since = now;
+        self.worked += now.saturating_sub(began);
+        let all = self.worked >= slice;
+        if all {
+            self.worked = 0;
+        }
+        all
+    }
+}
+
 impl Task {
     /// One that is ready.
     pub fn new(vcpu: Vcpu, entry: Entry<Vcpu>, living: Arc<Living>) -> Self {
@@ -93,6 +127,7 @@ impl Task {
             wakes_at: READY,
             slice_ends: NEVER,
             slice: slice.max(1),
+            share: Share::default(),
             living,
         }
     }
@@ -121,9 +156,12 @@ impl Scheduler {
         self.processor
     }
 
-    /// Serves the CPU until `done`. Interrupts are off but while it has nothing to do.
+    /// Serves the CPU until `done`. Interrupts are off but while it has nothing to do, and between
+    /// turns.
     pub fn run(&mut self, done: impl Fn() -> bool) {
         loop {
+            // Those that wake up before they have waited neither enter a guest nor leave the CPU idle.
+            cpu::interrupt_window();
             if self.processor.place.take_news() {
                 while let Some(job) = self.processor.take_job() {
                     job(self);
@@ -197,6 +235,7 @@ impl Scheduler {
         let Some(task) = self.tasks.get_mut(index) else {
             return;
         };
+        task.share.begin(now);
         place.set_current(Some(task.vcpu.mailbox()));
         let turn = task.vcpu.turn(&mut task.entry, until, task.slice);
         place.set_current(None);
@@ -204,6 +243,9 @@ impl Scheduler {
             Turn::Waits(until) => {
                 task.wakes_at = until.unwrap_or(NEVER).max(READY + 1);
                 task.slice_ends = NEVER;
+                if task.share.wait(now, cpu::rdtsc(), task.slice) {
+                    self.move_back(index);
+                }
             }
             Turn::Yields if task.slice_ends > cpu::rdtsc() => {}
             Turn::Yields => self.move_back(index),
@@ -304,5 +346,35 @@ impl Scheduler {
         }
         // Interrupts are off: news that comes from here on ends the halt.
         cpu::wait_for_interrupt();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Share;
+
+    #[test]
+    fn who_works_more_than_it_waits_goes_back_after_a_slice() {
+        let mut share = Share::default();
+        let mut back = Vec::new();
+        // 30 ticks of work, 20 of waiting: ten more each time.
+        for round in 1..=20 {
+            let now = round * 50;
+            share.begin(now);
+            if share.wait(now, now + 30, 100) {
+                back.push(round);
+            }
+        }
+        assert_eq!(back, [8, 16]);
+    }
+
+    #[test]
+    fn who_waits_more_than_it_works_never_does() {
+        let mut share = Share::default();
+        for round in 1..=1000 {
+            let now = round * 50;
+            share.begin(now);
+            assert!(!share.wait(now, now + 20, 100));
+        }
     }
 }

@@ -326,9 +326,9 @@ impl Vcpu {
                 vmcs.write(guest::$rights, $access);
             };
         }
-        let (data, limit, access) = (entry.data_selector, mode.limit, mode.data);
+        let (data, limit, access) = (entry.segments.data_selector, mode.limit, mode.data);
         let (ldt_limit, ldt) = mode.ldt;
-        segment!(CS_SELECTOR CS_BASE CS_LIMIT CS_ACCESS_RIGHTS = entry.code_selector, mode.code_base, limit, mode.code);
+        segment!(CS_SELECTOR CS_BASE CS_LIMIT CS_ACCESS_RIGHTS = entry.segments.code_selector, mode.code_base, limit, mode.code);
         segment!(DS_SELECTOR DS_BASE DS_LIMIT DS_ACCESS_RIGHTS = data, 0, limit, access);
         segment!(ES_SELECTOR ES_BASE ES_LIMIT ES_ACCESS_RIGHTS = data, 0, limit, access);
         segment!(SS_SELECTOR SS_BASE SS_LIMIT SS_ACCESS_RIGHTS = data, 0, limit, access);
@@ -336,8 +336,8 @@ impl Vcpu {
         segment!(GS_SELECTOR GS_BASE GS_LIMIT GS_ACCESS_RIGHTS = data, 0, limit, access);
         segment!(LDTR_SELECTOR LDTR_BASE LDTR_LIMIT LDTR_ACCESS_RIGHTS = 0, 0, ldt_limit, ldt);
         segment!(TR_SELECTOR TR_BASE TR_LIMIT TR_ACCESS_RIGHTS = 0, 0, mode.task_limit, rights::BUSY_TSS);
-        vmcs.write(guest::GDTR_BASE, entry.gdt_base.0);
-        vmcs.write(guest::GDTR_LIMIT, u32::from(entry.gdt_limit));
+        vmcs.write(guest::GDTR_BASE, entry.segments.gdt_base.0);
+        vmcs.write(guest::GDTR_LIMIT, u32::from(entry.segments.gdt_limit));
         vmcs.write(guest::IDTR_BASE, 0);
         vmcs.write(guest::IDTR_LIMIT, mode.idt_limit);
 

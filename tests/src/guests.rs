@@ -74,6 +74,7 @@ pub fn add(suite: &mut Suite) {
     suite.add("guests::emulation", emulation);
     suite.add("guests::tasks", tasks);
     suite.add("guests::spin", spin);
+    suite.add("guests::storm", storm);
 }
 
 /// A guest in the configuration.
@@ -441,6 +442,22 @@ fn spin(case: &mut Case) -> Result<()> {
         &seen.console,
     );
     case.check_equal("the machine hangs", seen.ending, Ending::Hang);
+    Ok(())
+}
+
+/// A vCPU whose timer is due again before it has waited leaves its CPU to another, and to the
+/// hypervisor's own interrupts, without which nothing is said.
+fn storm(case: &mut Case) -> Result<()> {
+    let config = format!("{}vcpus = 2\n", entry("storm", "storm"));
+    let kernel = paths::read(&build::guest("storm")?)?;
+    let seen = case
+        .machine()
+        .volume(&config, &[("storm", &kernel)])?
+        .options(["--smp", "1"])
+        .limit(90)
+        .run()?;
+    results(case, "", &seen.console);
+    case.check_equal("it powers off", seen.ending, Ending::Status(0));
     Ok(())
 }
 

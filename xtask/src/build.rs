@@ -142,13 +142,14 @@ fn efi_application(program: &Program, env: &[(&str, &Path)], file: &str) -> Resu
 }
 
 /// The small guests: the programs in `tests/guests`.
-pub const GUESTS: [&str; 17] = [
+pub const GUESTS: [&str; 18] = [
     "pc",
     "triple",
     "vmxon",
     "unmapped",
     "hang",
     "spin",
+    "storm",
     "reset",
     "bench",
     "delivery",

@@ -183,7 +183,6 @@ pub fn load(images: &Images, machine: &Machine) -> Result<EntryState, BootError>
     } else {
         (EntryMode::Protected32, CodeSegment::Bits32, ENTRY_32)
     };
-    let (gdt_base, gdt_limit) = placement::write_gdt(memory, &PLACES, Selectors::LINUX, code)?;
     Ok(EntryState {
         mode,
         rip: start.0 + entry,
@@ -191,10 +190,7 @@ pub fn load(images: &Images, machine: &Machine) -> Result<EntryState, BootError>
         rax: 0,
         rsi: PARAMETERS.0,
         rbx: 0,
-        gdt_base,
-        gdt_limit,
-        code_selector: Selectors::LINUX.code,
-        data_selector: Selectors::LINUX.data,
+        segments: placement::write_gdt(memory, &PLACES, Selectors::LINUX, code)?,
         as_by_bios: false,
     })
 }
@@ -387,9 +383,12 @@ mod tests {
     fn the_selectors_are_those_of_the_protocol() {
         let mut guest = guest();
         let entry = guest.load(&image(), None, "").unwrap();
-        assert_eq!((entry.code_selector, entry.data_selector), (0x10, 0x18));
-        let gdt = entry.gdt_base.0 as usize;
-        assert_eq!(entry.gdt_limit, 0x1f);
+        assert_eq!(
+            (entry.segments.code_selector, entry.segments.data_selector),
+            (0x10, 0x18)
+        );
+        let gdt = entry.segments.gdt_base.0 as usize;
+        assert_eq!(entry.segments.gdt_limit, 0x1f);
         // Present, accessed; the code segment has L set and D clear.
         assert_eq!(
             u64::from_le_bytes(guest.at(gdt + 0x10)),
@@ -416,8 +415,8 @@ mod tests {
                 (entry.mode, entry.rip, entry.rsi),
                 (EntryMode::Protected32, 0x10_0000, PARAMETERS.0)
             );
-            assert_eq!((entry.rbx, entry.code_selector), (0, 0x10));
-            let gdt = entry.gdt_base.0 as usize;
+            assert_eq!((entry.rbx, entry.segments.code_selector), (0, 0x10));
+            let gdt = entry.segments.gdt_base.0 as usize;
             assert_eq!(
                 u64::from_le_bytes(guest.at(gdt + 0x10)),
                 0x00cf_9b00_0000_ffff

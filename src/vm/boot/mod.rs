@@ -38,12 +38,18 @@ pub struct EntryState {
     pub rax: u64,
     pub rsi: u64,
     pub rbx: u64,
+    pub segments: Segments,
+    /// The rest of the machine is as a BIOS leaves it.
+    pub as_by_bios: bool,
+}
+
+/// The GDT, and the selectors of the code and the data segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segments {
     pub gdt_base: Gpa,
     pub gdt_limit: u16,
     pub code_selector: u16,
     pub data_selector: u16,
-    /// The rest of the machine is as a BIOS leaves it.
-    pub as_by_bios: bool,
 }
 
 impl EntryState {
@@ -69,10 +75,12 @@ impl EntryState {
             rax: 0,
             rsi: 0,
             rbx: 0,
-            gdt_base: Gpa(0),
-            gdt_limit: 0xffff,
-            code_selector,
-            data_selector: 0,
+            segments: Segments {
+                gdt_base: Gpa(0),
+                gdt_limit: 0xffff,
+                code_selector,
+                data_selector: 0,
+            },
             as_by_bios: false,
         }
     }

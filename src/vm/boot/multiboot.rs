@@ -98,8 +98,6 @@ pub fn load(header: &Header, images: &Images, machine: &Machine) -> Result<Entry
     let modules = placement::write_modules(memory, &PLACES, &all, end..ram_end, MODULE_ENTRY)?;
     write_info(&modules, machine)?;
     write_vectors(memory)?;
-    let (gdt_base, gdt_limit) =
-        placement::write_gdt(memory, &PLACES, Selectors::FIRST, CodeSegment::Bits32)?;
     Ok(EntryState {
         mode: EntryMode::Protected32,
         rip: entry,
@@ -107,10 +105,7 @@ pub fn load(header: &Header, images: &Images, machine: &Machine) -> Result<Entry
         rax: LOADER_MAGIC,
         rsi: 0,
         rbx: PARAMETERS.0,
-        gdt_base,
-        gdt_limit,
-        code_selector: Selectors::FIRST.code,
-        data_selector: Selectors::FIRST.data,
+        segments: placement::write_gdt(memory, &PLACES, Selectors::FIRST, CodeSegment::Bits32)?,
         as_by_bios: true,
     })
 }

@@ -12,7 +12,7 @@
 //! A multiboot kernel may be below these. Else kernels are at 1 MiB or higher; modules follow
 //! them, and an initrd is as high as the kernel and 4 GiB allow.
 
-use super::{BootError, Module};
+use super::{BootError, Module, Segments};
 use crate::addr::{Gpa, PAGE_SIZE};
 use crate::vm::memory::{GuestMemory, OutOfSlot};
 use crate::vm::memory_map::LOW_RAM_END;
@@ -86,13 +86,13 @@ pub(super) enum CodeSegment {
 
 const DATA_SEGMENT: u64 = 0x00cf_9300_0000_ffff;
 
-/// Writes a GDT with the two selectors; its base and limit.
+/// Writes a GDT with the two selectors.
 pub(super) fn write_gdt(
     memory: &GuestMemory,
     places: &Places,
     selectors: Selectors,
     code: CodeSegment,
-) -> Result<(Gpa, u16), OutOfSlot> {
+) -> Result<Segments, OutOfSlot> {
     memory.fill(places.gdt, selectors.data.into(), 0)?;
     for (selector, entry) in [
         (selectors.code, code as u64),
@@ -101,7 +101,12 @@ pub(super) fn write_gdt(
         let at = places.gdt.wrapping_add(selector.into());
         memory.write(at, &entry.to_le_bytes())?;
     }
-    Ok((places.gdt, selectors.data + 7))
+    Ok(Segments {
+        gdt_base: places.gdt,
+        gdt_limit: selectors.data + 7,
+        code_selector: selectors.code,
+        data_selector: selectors.data,
+    })
 }
 
 /// Writes the command line and its zero; the kernel takes `limit` bytes.

@@ -65,8 +65,6 @@ pub(super) fn load(
         MODULE_ENTRY,
     )?);
     write_start_info(&modules, machine)?;
-    let (gdt_base, gdt_limit) =
-        placement::write_gdt(memory, &PLACES, Selectors::FIRST, CodeSegment::Bits32)?;
     Ok(EntryState {
         mode: EntryMode::Protected32,
         rip: entry,
@@ -74,10 +72,7 @@ pub(super) fn load(
         rax: 0,
         rsi: 0,
         rbx: PARAMETERS.0,
-        gdt_base,
-        gdt_limit,
-        code_selector: Selectors::FIRST.code,
-        data_selector: Selectors::FIRST.data,
+        segments: placement::write_gdt(memory, &PLACES, Selectors::FIRST, CodeSegment::Bits32)?,
         as_by_bios: false,
     })
 }

@@ -173,13 +173,22 @@ fn the_selectors_are_flat_32_bit_segments() {
     let mut guest = Guest::new();
     let entry = guest.load(&File::default().build(), None, "").unwrap();
     let descriptor = |selector: u16| {
-        assert!(selector + 7 <= entry.gdt_limit);
-        guest.u64(entry.gdt_base.0 + u64::from(selector))
+        assert!(selector + 7 <= entry.segments.gdt_limit);
+        guest.u64(entry.segments.gdt_base.0 + u64::from(selector))
     };
-    assert_eq!((entry.code_selector, entry.data_selector), (0x08, 0x10));
+    assert_eq!(
+        (entry.segments.code_selector, entry.segments.data_selector),
+        (0x08, 0x10)
+    );
     // Base 0, limit 4 GiB, present; D set and L clear; accessed code, accessed data.
-    assert_eq!(descriptor(entry.code_selector), 0x00cf_9b00_0000_ffff);
-    assert_eq!(descriptor(entry.data_selector), 0x00cf_9300_0000_ffff);
+    assert_eq!(
+        descriptor(entry.segments.code_selector),
+        0x00cf_9b00_0000_ffff
+    );
+    assert_eq!(
+        descriptor(entry.segments.data_selector),
+        0x00cf_9300_0000_ffff
+    );
 }
 
 #[test]
