@@ -61,12 +61,12 @@ impl Pending {
 
     /// How many NMIs may wait: one, while another is being handled, since a CPU remembers no more
     /// (SDM 3, 7.7.1). A CPU would have begun with the first of two by the time that the second
-    /// comes, so two may where none is.
+    /// comes, so two may where none is. Those that wait already are not lost.
     fn most_nmis(&self, interruptibility: u32) -> u32 {
         let delivered = |(info, ..): (InterruptionInfo, _, _)| info.is_nmi();
         let handled =
             interruptibility & BLOCKED_BY_NMI != 0 || self.interrupted.is_some_and(delivered);
-        if handled { 1 } else { 2 }
+        self.nmis.max(if handled { 1 } else { 2 })
     }
 
     /// First what was interrupted, then a fault of the instruction that exited; an NMI
@@ -94,8 +94,6 @@ impl Vcpu {
         let most = self
             .pending
             .most_nmis(self.vmcs.read(guest::INTERRUPTIBILITY));
-        // Some may have come before one of them was delivered.
-        let most = most.max(self.pending.nmis);
         self.pending.nmis = self.pending.nmis.saturating_add(count).min(most);
     }
 

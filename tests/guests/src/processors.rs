@@ -104,11 +104,16 @@ pub fn start_up(id: u32) {
     apic::send(id, START_UP);
 }
 
-/// INIT and a start-up interrupt; whether it runs after that.
+/// INIT and a start-up interrupt; whether it runs soon after that.
 pub fn start(id: u32) -> bool {
+    start_within(id, a_while())
+}
+
+/// The same; whether it runs within so many TSC ticks.
+pub fn start_within(id: u32, ticks: u64) -> bool {
     init(id);
     start_up(id);
-    wait(|| runs(id))
+    wait_for(ticks, || runs(id))
 }
 
 /// Whether it has come to run.
@@ -138,7 +143,12 @@ pub fn is_idle(id: u32) -> bool {
 
 /// Waits a while for something that another CPU does.
 pub fn wait(done: impl Fn() -> bool) -> bool {
-    wait_for(time::tsc_hz() * 2, done)
+    wait_for(a_while(), done)
+}
+
+/// Two seconds, in TSC ticks.
+fn a_while() -> u64 {
+    time::tsc_hz() * 2
 }
 
 /// As [`wait`], for so many TSC ticks.

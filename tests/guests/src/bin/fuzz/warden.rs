@@ -51,14 +51,12 @@ pub fn start() {
 
 /// Starts it again, whatever it is at.
 pub fn restart() {
-    let wait = |done: &dyn Fn() -> bool| processors::wait_for(time::microseconds(START), done);
+    let limit = time::microseconds(START);
     for _ in 0..STARTS {
         ATTENDS.set(false);
-        processors::init(ID);
-        processors::start_up(ID);
-        if wait(&|| processors::runs(ID)) {
+        if processors::start_within(ID, limit) {
             processors::give(ID, attend);
-            if wait(&|| ATTENDS.get()) {
+            if processors::wait_for(limit, || ATTENDS.get()) {
                 return;
             }
         }
