@@ -77,12 +77,15 @@ fn program(folder: &Path, name: &str, script: &str) -> Result<()> {
     Ok(())
 }
 
-/// `cargo xtask run` that has nothing fetched yet.
+/// `cargo xtask run` that has nothing fetched yet, and heeds Ctrl-C also where these tests run in
+/// a shell's background, and do not.
 fn start(folder: &Path) -> Result<Child> {
     let mut path = OsString::from(folder.join("bin"));
     path.push(":");
     path.push(std::env::var_os("PATH").unwrap_or_default());
-    Command::new(xtask_program()?)
+    Command::new("env")
+        .arg("--default-signal=INT")
+        .arg(xtask_program()?)
         .args(["run", "--exec", "true"])
         .env("PATH", path)
         .env("CARGO_TARGET_DIR", folder.join("target"))
