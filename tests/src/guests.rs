@@ -84,10 +84,19 @@ fn entry(name: &str, kernel: &str) -> String {
 
 /// Boots the small guest `name` for at most `seconds`.
 fn boot(case: &mut Case, name: &str, options: &[&str], seconds: u64) -> Result<Outcome> {
+    boot_as(case, name, &entry(name, name), options, seconds)
+}
+
+/// The same as a configuration says.
+fn boot_as(
+    case: &mut Case,
+    name: &str,
+    config: &str,
+    options: &[&str],
+    seconds: u64,
+) -> Result<Outcome> {
     let kernel = paths::read(&build::guest(name)?)?;
-    let mut machine = case
-        .machine()
-        .volume(&entry(name, name), &[(name, &kernel)])?;
+    let mut machine = case.machine().volume(config, &[(name, &kernel)])?;
     for option in options {
         machine = machine.options([option]);
     }
@@ -105,13 +114,7 @@ fn pc(case: &mut Case) -> Result<()> {
 /// Several vCPUs, placed as `place` says, on a machine with so many CPUs.
 fn smp(case: &mut Case, place: &str, vcpus: u32, cpus: u32) -> Result<()> {
     let config = format!("{}vcpus = {vcpus}\n{place}\n", entry("smp", "smp"));
-    let kernel = paths::read(&build::guest("smp")?)?;
-    let seen = case
-        .machine()
-        .volume(&config, &[("smp", &kernel)])?
-        .options(["--smp", &cpus.to_string()])
-        .limit(300)
-        .run()?;
+    let seen = boot_as(case, "smp", &config, &["--smp", &cpus.to_string()], 300)?;
     results(case, "", &seen.console);
     case.check_equal("it powers off", seen.ending, Ending::Status(0));
     Ok(())
@@ -449,13 +452,7 @@ fn spin(case: &mut Case) -> Result<()> {
 /// hypervisor's own interrupts, without which nothing is said.
 fn storm(case: &mut Case) -> Result<()> {
     let config = format!("{}vcpus = 2\n", entry("storm", "storm"));
-    let kernel = paths::read(&build::guest("storm")?)?;
-    let seen = case
-        .machine()
-        .volume(&config, &[("storm", &kernel)])?
-        .options(["--smp", "1"])
-        .limit(90)
-        .run()?;
+    let seen = boot_as(case, "storm", &config, &["--smp", "1"], 90)?;
     results(case, "", &seen.console);
     case.check_equal("it powers off", seen.ending, Ending::Status(0));
     Ok(())
@@ -535,13 +532,7 @@ fn more_cpus_than_there_are(case: &mut Case) -> Result<()> {
         entry("greedy", "reset"),
         entry("modest", "reset")
     );
-    let kernel = paths::read(&build::guest("reset")?)?;
-    let seen = case
-        .machine()
-        .volume(&config, &[("reset", &kernel)])?
-        .options(["--smp", "2"])
-        .limit(120)
-        .run()?;
+    let seen = boot_as(case, "reset", &config, &["--smp", "2"], 120)?;
     for line in [
         "vireo: error: vm greedy: `cpus` in vireo.toml names CPU 7, and the machine has these: 0 1",
         "vireo: vm modest: reset",
