@@ -74,6 +74,10 @@ pub struct Place {
     /// The number of the CPU.
     pub cpu: usize,
     /// The identifier of its local APIC.
+    #[cfg_attr(
+        loom,
+        expect(dead_code, reason = "the model interrupts without an APIC")
+    )]
     apic_id: u32,
     /// The mailbox of the vCPU whose turn it is; null between turns. Only compared.
     current: AtomicPtr<Mailbox>,
