@@ -62,8 +62,9 @@ const fn bits(list: &[u32]) -> u32 {
 /// VMX and SMX (no nesting), EIST, TM2 and PDCM (power and performance MSRs),
 /// DTES64, DS-CPL, SDBG, xTPR, DCA (their MSRs are not offered).
 const LEAF1_ECX: u32 = bits(&[0, 1, 9, 12, 13, 17, 19, 20, 22, 23, 25, 26, 28, 29, 30]);
-/// Leaf 1 ECX, emulated whether or not the host has it: x2APIC, TSC deadline; and "a hypervisor is present".
-const LEAF1_ECX_SET: u32 = bits(&[21, 24, 31]);
+/// Leaf 1 ECX, emulated whether or not the host has it: TSC deadline; and "a hypervisor is present".
+const LEAF1_ECX_SET: u32 = bits(&[24, 31]);
+/// The same, where local APICs have x2APIC mode.
 const LEAF1_ECX_X2APIC: u32 = 1 << 21;
 const LEAF1_ECX_FMA_AVX_F16C: u32 = bits(&[12, 28, 29]);
 const LEAF1_ECX_XSAVE: u32 = 1 << 26;
@@ -377,9 +378,7 @@ impl CpuidTable {
         // Brand index and CLFLUSH size are the host's; identifiers and their number are the VM's.
         row[EBX] = host[EBX] & 0xffff | slots.min(255) << 16 | (apic_id & 0xff) << 24;
         row[ECX] = host[ECX] & LEAF1_ECX | LEAF1_ECX_SET;
-        if !options.x2apic {
-            row[ECX] &= !LEAF1_ECX_X2APIC;
-        }
+        set_bits(&mut row[ECX], LEAF1_ECX_X2APIC, options.x2apic);
         if self.xsave.supported == 0 {
             row[ECX] &= !LEAF1_ECX_XSAVE;
         }

@@ -42,7 +42,8 @@ impl Vcpu {
         if let Destination::Physical(id) = message.destination
             && self.vm.x2apic
         {
-            // Identifiers are the vCPUs' numbers, in both modes.
+            // Identifiers are the vCPUs' numbers, in both modes. Without the loop an IPI takes
+            // thirty instructions less.
             if id < self.vm.vcpus() && self.is_named(id, message, from_self) {
                 self.deliver_to(id, message);
             }

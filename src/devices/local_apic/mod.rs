@@ -101,24 +101,11 @@ impl Default for Config {
     }
 }
 
-/// [`LocalApic::unique`].
-fn unique(id: u32, config: Config) -> u32 {
-    let id = id & 0xff;
-    if config.x2apic && id != 0xff {
-        id
-    } else {
-        u32::MAX
-    }
-}
-
 /// One local APIC.
 #[derive(Clone, Debug)]
 pub struct LocalApic {
     page: Box<ApicPage>,
     id: u32,
-    /// The identifier in xAPIC mode, where no other APIC may have it, nor is it everybody's; else
-    /// `u32::MAX`.
-    unique: u32,
     config: Config,
     mode: Mode,
     /// Address and bootstrap flag, as in IA32_APIC_BASE.
@@ -149,7 +136,6 @@ impl LocalApic {
         let mut apic = Self {
             page: Box::new(ApicPage::new()),
             id,
-            unique: unique(id, Config::default()),
             config: Config::default(),
             mode: Mode::XApic,
             base: base::at_power_on(bootstrap),
@@ -169,9 +155,15 @@ impl LocalApic {
     /// The same with another configuration.
     pub fn with_config(mut self, config: Config) -> Self {
         self.config = config;
-        self.unique = unique(self.id, config);
         self.power_on();
         self
+    }
+
+    /// The identifier in xAPIC mode, where no other APIC may have it, nor is it everybody's.
+    #[inline]
+    fn unique_xapic_id(&self) -> Option<u32> {
+        let id = self.id & 0xff;
+        (self.config.x2apic && id != 0xff).then_some(id)
     }
 
     fn power_on(&mut self) {

@@ -239,8 +239,8 @@ impl LocalApic {
     pub fn xapic_self_ipi(&mut self, low: u32) -> bool {
         let low = low & icr::WRITABLE;
         let destination = self.page.get(register::ICR_HIGH) >> 24;
-        let known =
-            icr::is_fixed_to_itself(low) || icr::is_fixed_to(low) && destination == self.unique;
+        let known = icr::is_fixed_to_itself(low)
+            || icr::is_fixed_to(low) && self.unique_xapic_id() == Some(destination);
         if known {
             self.page.set(register::ICR, low);
             self.send_to_itself(low as u8);
@@ -380,13 +380,13 @@ impl LocalApic {
     #[inline(never)]
     fn send_decoded(&mut self, command: Command) -> Option<Action> {
         let own = match self.mode {
-            Mode::X2Apic => self.id,
-            _ => self.unique,
+            Mode::X2Apic => Some(self.id),
+            _ => self.unique_xapic_id(),
         };
         match command {
             Command::Send(message)
                 if message.mode == DeliveryMode::Fixed
-                    && message.destination == Destination::Physical(own) =>
+                    && own.map(Destination::Physical) == Some(message.destination) =>
             {
                 self.accept(message);
             }
