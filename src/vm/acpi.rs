@@ -1,7 +1,7 @@
 //! The ACPI tables that a guest is shown (ACPI 6.5), all in the area below
 //! 1 MiB that a kernel searches for the root pointer.
 //!
-//! FADT and MADT are written field by field at the offsets of the
+//! FADT, MADT and SPCR are written field by field at the offsets of the
 //! specification; the DSDT is AML from `acpi_tables`.
 
 use super::memory::{GuestMemory, OutOfSlot};
@@ -20,6 +20,8 @@ use alloc::vec::Vec;
 const OEM: [u8; 6] = *b"VIREO ";
 const TABLE: [u8; 8] = *b"VIREOPC ";
 const HEADER: u32 = 36;
+/// How a generic address of 8 bits in I/O space begins.
+const IO_BYTE: [u8; 4] = [1, 8, 0, 1];
 
 /// All tables but the root pointer behind each other, with addresses that count from the first
 /// one's, and the root pointer likewise; and what has to be done where they are put.
@@ -91,12 +93,18 @@ impl Tables {
         let table = fadt(facs, dsdt);
         let fadt = all.put_table(&table, &[(36, 4), (40, 4), (140, 8)]);
         let madt = all.put(madt(vcpus).as_slice());
+        let spcr = all.put(spcr().as_slice());
 
-        let mut xsdt = Sdt::new(*b"XSDT", HEADER, 1, OEM, TABLE, 1);
-        xsdt.append(fadt);
-        xsdt.append(madt);
-        let xsdt = all.put_table(&xsdt, &[(36, 8), (44, 8)]);
+        let tables = [fadt, madt, spcr];
+        // For kernels that know nothing later than ACPI 1.0.
+        let rsdt = all.put_root(*b"RSDT", 4, &tables);
+        let xsdt = all.put_root(*b"XSDT", 8, &tables);
         all.rsdp = bytes(&Rsdp::new(OEM, xsdt));
+        let field = all.rsdp.iter_mut().skip(16);
+        for (byte, value) in field.zip((rsdt as u32).to_le_bytes()) {
+            *byte = value;
+        }
+        all.point(Part::RootPointer, 16, 4);
         all.point(Part::RootPointer, 24, 8);
         // The first revision's bytes, then all (5.2.5.3).
         for (offset, len) in [(8, 20), (32, 36)] {
@@ -127,6 +135,18 @@ impl Tables {
             len,
         );
         start
+    }
+
+    /// The same with a list of addresses of `size` bytes each.
+    fn put_root(&mut self, signature: [u8; 4], size: u8, tables: &[u64]) -> u64 {
+        let mut root = Sdt::new(signature, HEADER, 1, OEM, TABLE, 1);
+        let mut pointers = Vec::new();
+        for table in tables {
+            pointers.push((root.len() as u32, size));
+            let bytes = table.to_le_bytes();
+            root.append_slice(bytes.get(..usize::from(size)).unwrap_or(&bytes));
+        }
+        self.put_table(&root, &pointers)
     }
 
     fn point(&mut self, part: Part, offset: u32, size: u8) {
@@ -205,8 +225,6 @@ fn fadt(facs: u64, dsdt: u64) -> Sdt {
     /// Legacy devices. Clear: bit 1, there is no keyboard behind the 8042; bit 2, there is a VGA;
     /// bit 5, there is a real-time clock.
     const BOOT_FLAGS: u16 = 1;
-    /// A generic address of 8-bit access in I/O space.
-    const IO_BYTE: [u8; 4] = [1, 8, 0, 1];
 
     let mut table = Sdt::new(*b"FACP", LENGTH, 6, OEM, TABLE, 1);
     table.write_u32(36, facs as u32);
@@ -267,6 +285,30 @@ fn madt(vcpus: u32) -> Sdt {
     table.append(ACTIVE_HIGH_LEVEL);
     // NMI on LINT1 of every processor.
     table.append_slice(&[4, 6, 0xff, 0, 0, 1]);
+    table
+}
+
+/// The table of the serial console, revision 2 (Microsoft's "Serial Port Console Redirection
+/// Table"): COM1, by which kernels find it that look for no device.
+fn spcr() -> Sdt {
+    const LENGTH: u32 = 80;
+    /// By the 8259s and by the I/O APIC.
+    const BOTH: u8 = 0b11;
+    const BAUD_115200: u8 = 7;
+    const ANSI: u8 = 3;
+
+    let mut table = Sdt::new(*b"SPCR", LENGTH, 2, OEM, TABLE, 1);
+    // Interface type 0: a 16550.
+    table.write_bytes(40, &IO_BYTE);
+    table.write_u64(44, pc::COM1.into());
+    table.write_u8(52, BOTH);
+    table.write_u8(53, pc::COM1_IRQ);
+    table.write_u32(54, pc::COM1_IRQ.into());
+    table.write_u8(58, BAUD_115200);
+    table.write_u8(60, 1); // stop bit
+    table.write_u8(62, ANSI);
+    table.write_u32(64, u32::MAX); // on no PCI bus
+    table.update_checksum();
     table
 }
 
@@ -377,8 +419,14 @@ mod tests {
             .iter()
             .fold(0u8, |sum, byte| sum.wrapping_add(*byte));
         assert_eq!(sum, 0);
+        let rsdt = tables.u32(tables.rsdp + 16) as usize;
+        assert_eq!(tables.table(rsdt, b"RSDT").len(), 36 + 3 * 4);
+        for (index, signature) in [b"FACP", b"APIC", b"SPCR"].into_iter().enumerate() {
+            let table = tables.found_in_xsdt(index);
+            tables.table(table, signature);
+            assert_eq!(tables.u32(rsdt + 36 + 4 * index) as usize, table);
+        }
         let fadt = tables.found_in_xsdt(0);
-        tables.table(fadt, b"FACP");
         assert_eq!(u64::from(tables.u32(fadt + 40)), tables.u64(fadt + 140));
         tables.table(tables.u32(fadt + 40) as usize, b"DSDT");
         let facs = tables.u32(fadt + 36) as usize;
@@ -514,6 +562,22 @@ mod tests {
         assert!(has(&[
             0x47, 1, 0xf8, 0x03, 0xf8, 0x03, 1, 8, 0x89, 6, 0, 0b0011, 1, 4, 0, 0, 0,
         ]));
+    }
+
+    #[test]
+    fn the_console_is_the_port_that_the_devices_answer() {
+        let tables = Placed::new(1);
+        let spcr = tables.table(tables.found_in_xsdt(2), b"SPCR");
+        assert_eq!(spcr.len(), 80);
+        // A 16550 in I/O space, at 0x3f8; line 4, of both controllers.
+        assert_eq!(
+            spcr[36..58],
+            [
+                0, 0, 0, 0, 1, 8, 0, 1, 0xf8, 3, 0, 0, 0, 0, 0, 0, 3, 4, 4, 0, 0, 0
+            ]
+        );
+        // 115200 baud, no parity, one stop bit, no flow control, ANSI; no PCI device.
+        assert_eq!(spcr[58..68], [7, 0, 1, 0, 3, 0, 0xff, 0xff, 0xff, 0xff]);
     }
 
     #[test]

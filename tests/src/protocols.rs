@@ -173,7 +173,7 @@ fn seabios(case: &mut Case) -> Result<()> {
 
 /// UEFI starts the default kernel, which it is given by `fw_cfg`, as an EFI application.
 fn efi_stub(case: &mut Case) -> Result<()> {
-    const SCRIPT: &str = "cat /sys/firmware/efi/fw_platform_size; ls /sys/firmware/acpi/tables | head -4; \
+    const SCRIPT: &str = "cat /sys/firmware/efi/fw_platform_size; ls /sys/firmware/acpi/tables | head -6; \
         cat /proc/cmdline; exit 6";
     let progress = Progress::new();
     let provisioner = Provisioner::new(&progress);
@@ -185,7 +185,7 @@ fn efi_stub(case: &mut Case) -> Result<()> {
         .exec(SCRIPT)
         .limit(600)
         .run()?;
-    let told = "64\nAPIC\nDSDT\nFACP\nFACS\n";
+    let told = "64\nAPIC\nDSDT\nFACP\nFACS\nSPCR\n";
     case.check(
         "UEFI and its tables",
         seen.output.starts_with(told),

@@ -22,6 +22,17 @@ pub fn xsdt(rsdp: u64) -> u64 {
     read64(rsdp + 24)
 }
 
+/// The RSDT's.
+pub fn rsdt(rsdp: u64) -> u64 {
+    read32(rsdp + 16).into()
+}
+
+/// The addresses in the RSDT.
+pub fn rsdt_tables(rsdt: u64) -> impl Iterator<Item = u64> {
+    let count = u64::from(length(rsdt).saturating_sub(36)) / 4;
+    (0..count).map(move |index| read32(rsdt + 36 + 4 * index).into())
+}
+
 /// The addresses in the XSDT.
 pub fn tables(xsdt: u64) -> impl Iterator<Item = u64> {
     let count = u64::from(length(xsdt).saturating_sub(36)) / 8;

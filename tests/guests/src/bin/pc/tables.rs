@@ -44,6 +44,13 @@ pub fn check_all() {
         "XSDT checksum is right",
         acpi::checksum_is_right(xsdt, acpi::length(xsdt)),
     );
+    let rsdt = acpi::rsdt(rsdp);
+    check_equal("RSDT signature", acpi::signature(rsdt), *b"RSDT");
+    check(
+        "RSDT and its checksum are right",
+        acpi::checksum_is_right(rsdt, acpi::length(rsdt))
+            && acpi::rsdt_tables(rsdt).eq(acpi::tables(xsdt)),
+    );
     check(
         "all tables' checksums are right",
         acpi::tables(xsdt).all(|table| acpi::checksum_is_right(table, acpi::length(table))),
