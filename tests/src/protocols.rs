@@ -23,10 +23,13 @@ pub fn add(suite: &mut Suite) {
     suite.add("protocols::xen", xen);
     suite.add("protocols::firmware_refused", firmware_refused);
     suite.add("protocols::linux_i386", |case| {
-        linux_i386(case, "linux-image-686")
+        linux(case, "linux-image-686", "i686", "0")
     });
     suite.add("protocols::linux_i386_pae", |case| {
-        linux_i386(case, "linux-image-686-pae")
+        linux(case, "linux-image-686-pae", "i686", "0")
+    });
+    suite.add("protocols::linux_real_time", |case| {
+        linux(case, "linux-image-rt-amd64", "x86_64", "1")
     });
 }
 
@@ -131,17 +134,29 @@ fn multiboot_refused(case: &mut Case) -> Result<()> {
     case.refusal(machine, &["kernel: ", "multiboot header at 0x0 is cut off"])
 }
 
-/// Debian's 32-bit kernels as packaged, which have no 64-bit entry point.
-fn linux_i386(case: &mut Case, package: &str) -> Result<()> {
+/// Debian's other kernels as packaged: those of 32 bits have no 64-bit entry point.
+fn linux(case: &mut Case, package: &str, machine: &str, real_time: &str) -> Result<()> {
     let progress = Progress::new();
-    let kernel = Provisioner::new(&progress).i386().kernel(package)?;
+    let provisioner = Provisioner::new(&progress);
+    let kernel = match machine {
+        "i686" => provisioner.i386().kernel(package)?,
+        _ => provisioner.kernel(package)?,
+    };
     let seen = case
         .machine()
         .options(["--kernel", &kernel.display().to_string()])
-        .exec("uname -m; dmesg | grep -c 'BUG:\\|WARNING:'; grep MemTotal /proc/meminfo; exit 3")
+        .exec(
+            "uname -m; cat /sys/kernel/realtime 2>/dev/null || echo 0; \
+            dmesg | grep -c 'BUG:\\|WARNING:'; grep MemTotal /proc/meminfo; exit 3",
+        )
         .run()?;
     let mut lines = seen.output.lines();
-    case.check_equal("the machine", lines.next(), Some("i686"));
+    case.check_equal("the machine", lines.next(), Some(machine));
+    case.check_equal(
+        "whether it is a real-time kernel",
+        lines.next(),
+        Some(real_time),
+    );
     case.check_equal("complaints of the kernel", lines.next(), Some("0"));
     case.check("memory", seen.output.contains("MemTotal:"), &seen.output);
     case.check_equal("the status", &seen.ending, &Ending::Status(3));
