@@ -115,9 +115,9 @@ impl I8042 {
                 self.answer(value.unwrap_or(0));
             }
             0x60..=0x7f => self.expects = Expects::Ram(command & 0x1f),
-            0xa7 => self.ram[0] |= command_byte::AUX_DISABLED,
-            0xa8 => self.ram[0] &= !command_byte::AUX_DISABLED,
-            // The auxiliary port's clock is stuck low: there is no such port.
+            // The auxiliary port, which is not there, can be neither disabled nor enabled, and its
+            // clock is stuck low.
+            0xa7 | 0xa8 => {}
             0xa9 => self.answer(0x01),
             0xaa => {
                 self.ram[0] |= command_byte::SYSTEM;
@@ -147,6 +147,7 @@ impl I8042 {
             Expects::Ram(index) => {
                 if let Some(byte) = self.ram.get_mut(usize::from(index)) {
                     *byte = value;
+                    self.ram[0] |= command_byte::AUX_DISABLED;
                 }
             }
             Expects::OutputPort => {
@@ -196,6 +197,12 @@ mod tests {
         i8042.write_data(byte & !0x40);
         i8042.command(0x20);
         assert_eq!(i8042.read_data(), byte & !0x40);
+        // Enabled, a port that is there would not be disabled.
+        i8042.command(0xa8);
+        i8042.command(0x60);
+        i8042.write_data(0);
+        i8042.command(0x20);
+        assert_eq!(i8042.read_data(), 0x20);
         // The loop-back comes without the auxiliary flag, the port test fails.
         i8042.command(0xd3);
         i8042.write_data(0x5a);
