@@ -174,7 +174,7 @@ fn fuzzing_guests(case: &mut Case) -> Result<()> {
     );
     let names = neighbours.each_ref().map(|own| own.name.as_str());
     for name in names {
-        let ends: Vec<&str> = ["powered off", "stopped: "]
+        let ends: Vec<&str> = ["powered off", "reset", "stopped: "]
             .into_iter()
             .flat_map(|end| {
                 seen.console
