@@ -5,6 +5,7 @@
 //! and its privileged parts are simply never called.
 
 pub mod cpu;
+pub mod errata;
 pub mod fpu;
 pub mod kernel_rom;
 pub mod msr;

@@ -1,5 +1,6 @@
 //! What of VT-x is used on this CPU, in a few lines of the log.
 
+use crate::arch::errata;
 use crate::host::local_apic::{self, Mode};
 use crate::vmx::apic::{ApicAccess, ApicTier};
 use crate::vmx::controls::Controls;
@@ -20,7 +21,13 @@ pub fn tell(vmx: &Vmx) {
         features.list(Choice::Unused)
     );
     info!("VT-x, not offered: {}", features.list(Choice::Absent));
-    info!("EPT: {}", Ept(vmx.capabilities.ept_vpid));
+    info!(
+        "EPT: {}",
+        Ept {
+            capabilities: vmx.capabilities.ept_vpid,
+            large_code: !errata::page_sizes_stop_it(),
+        }
+    );
     info!(
         "host: local APIC by {}, timer by {}",
         match local_apic::mode() {
@@ -154,26 +161,29 @@ impl fmt::Display for List<'_> {
     }
 }
 
-struct Ept(EptVpidCapabilities);
+struct Ept {
+    capabilities: EptVpidCapabilities,
+    large_code: bool,
+}
 
 impl fmt::Display for Ept {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("pages of 4 KiB")?;
         for (size, name) in [(PageSize::Size2M, "2 MiB"), (PageSize::Size1G, "1 GiB")] {
-            if self.0.page_size(size) {
+            if self.capabilities.page_size(size) {
                 write!(f, ", {name}")?;
             }
         }
         // As `EptPointer::new` chooses.
-        f.write_str(if self.0.write_back_tables() {
+        f.write_str(if self.capabilities.write_back_tables() {
             "; tables write-back"
         } else {
             "; tables uncacheable"
         })?;
-        f.write_str(if self.0.accessed_dirty() {
-            "; accessed and dirty bits"
+        f.write_str(if self.large_code {
+            ""
         } else {
-            "; no accessed and dirty bits"
+            "; code in pages of 4 KiB (CVE-2018-12207)"
         })
     }
 }
@@ -198,14 +208,21 @@ mod tests {
 
     #[test]
     fn page_sizes_are_those_of_the_capability() {
-        let text = |bits| Ept(EptVpidCapabilities(bits)).to_string();
+        let text = |bits, large_code| {
+            let capabilities = EptVpidCapabilities(bits);
+            Ept {
+                capabilities,
+                large_code,
+            }
+            .to_string()
+        };
         assert_eq!(
-            text(0x0f01_0633_4141),
-            "pages of 4 KiB, 2 MiB, 1 GiB; tables write-back; accessed and dirty bits"
+            text(0x0f01_0633_4141, true),
+            "pages of 4 KiB, 2 MiB, 1 GiB; tables write-back"
         );
         assert_eq!(
-            text(1 << 6 | 1 << 8 | 1 << 16),
-            "pages of 4 KiB, 2 MiB; tables uncacheable; no accessed and dirty bits"
+            text(1 << 6 | 1 << 8 | 1 << 16, false),
+            "pages of 4 KiB, 2 MiB; tables uncacheable; code in pages of 4 KiB (CVE-2018-12207)"
         );
     }
 }

@@ -9,7 +9,7 @@ use super::scheduler::{Scheduler, Task};
 use super::statistics::Exits;
 use super::{log, registry};
 use crate::addr::{Gpa, Hpa, PAGE_SIZE};
-use crate::arch::cpu;
+use crate::arch::{cpu, errata};
 use crate::devices::Clock;
 use crate::devices::chipset::ChipsetConfig;
 use crate::devices::fw_cfg::FwCfg;
@@ -92,6 +92,8 @@ static BOOT: Once<&'static BootInfo> = Once::new();
 /// The shortest time from one start of a guest to the next by its policy, as a part of a second:
 /// one that crashes at once does not keep its CPU busy.
 const STARTS_A_SECOND: u64 = 1;
+/// The same, in times of how long it takes to load, in which no vCPU has its CPU.
+const LOADING_TIMES: u64 = 10;
 /// Bytes of a guest's memory that are filled with interrupts off: the UART's FIFO holds what comes
 /// in a millisecond.
 const PIECE: u64 = 32 << 10;
@@ -208,6 +210,7 @@ fn see_to(guest: Arc<registry::Guest>) {
     let Some(Wanted { loaded, start }) = guest.take_wanted() else {
         return is_over();
     };
+    let began = cpu::rdtsc();
     let loaded = match (loaded, BOOT.get()) {
         (Some(loaded), _) => Ok(*loaded),
         (None, Some(boot)) => Loaded::new(boot, &guest),
@@ -218,7 +221,7 @@ fn see_to(guest: Arc<registry::Guest>) {
             guest.created(loaded);
             return is_over();
         }
-        Ok(loaded) => Living::new(Arc::clone(&guest), loaded),
+        Ok(loaded) => Living::new(Arc::clone(&guest), loaded, began),
         Err(reason) => Err(reason),
     };
     match living {
@@ -243,8 +246,8 @@ pub struct Living {
     entry: EntryState,
     /// How it has ended: what the first vCPU says that ends.
     end: Once<Result<End, StartError>>,
-    /// The time-stamp counter at its start.
-    started: u64,
+    /// When its policy may start it again, by the time-stamp counter.
+    again_from: u64,
     _quiet: log::Quiet,
     vm: Arc<Vm>,
     /// The memory of `vm`.
@@ -252,7 +255,12 @@ pub struct Living {
 }
 
 impl Living {
-    fn new(registered: Arc<registry::Guest>, loaded: Loaded) -> Result<Self, StartError> {
+    /// One whose loading `began` at that tick.
+    fn new(
+        registered: Arc<registry::Guest>,
+        loaded: Loaded,
+        began: u64,
+    ) -> Result<Self, StartError> {
         let processors = registered.processors();
         let Some(first) = processors.first() else {
             return Err(StartError::Place(NoPlace::NoneShared));
@@ -285,16 +293,19 @@ impl Living {
                     capabilities: &first.vmx.capabilities,
                     address_width: width,
                     mtrrs: host_mtrrs(width),
+                    large_code: !errata::page_sizes_stop_it(),
                 },
             )
             .map_err(StartError::Ept)?,
         );
         registered.started(&vm);
+        let now = cpu::rdtsc();
+        let pause = LOADING_TIMES.saturating_mul(now.saturating_sub(began));
         Ok(Self {
             registered,
             entry: loaded.entry,
             end: Once::new(),
-            started: cpu::rdtsc(),
+            again_from: now.saturating_add(pause.max(time::tsc_hz() / STARTS_A_SECOND)),
             _quiet: log::Quiet::new(),
             vm,
             _block: loaded.block,
@@ -394,7 +405,7 @@ fn conclude(scheduler: &mut Scheduler, living: Living) {
         registered,
         entry: _,
         end,
-        started,
+        again_from,
         _quiet: quiet,
         vm,
         _block: block,
@@ -424,8 +435,7 @@ fn conclude(scheduler: &mut Scheduler, living: Living) {
     if !again {
         is_gone(&registered);
     } else if follows == Follows::StartLater {
-        let at = started + time::tsc_hz() / STARTS_A_SECOND;
-        scheduler.do_later(at, Box::new(|_| start_again(registered)));
+        scheduler.do_later(again_from, Box::new(|_| start_again(registered)));
     } else {
         start_again(registered);
     }

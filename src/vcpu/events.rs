@@ -178,8 +178,9 @@ impl Vcpu {
             self.apic.refresh();
         }
         let interrupt = self.apic.pending().is_some() || self.has_extint();
-        self.pending.nmis != 0
-            || interrupt && self.vmcs.read(guest::RFLAGS) & RFLAGS_IF != 0
+        let nmi =
+            self.pending.nmis != 0 && self.vmcs.read(guest::INTERRUPTIBILITY) & BLOCKED_BY_NMI == 0;
+        nmi || interrupt && self.vmcs.read(guest::RFLAGS) & RFLAGS_IF != 0
             || self.vmcs.read(guest::PENDING_DEBUG) != 0
     }
 
@@ -245,7 +246,9 @@ impl Vcpu {
         let interrupt = self.has_interrupt();
         let interruptibility = self.vmcs.read(guest::INTERRUPTIBILITY);
         let rflags = self.vmcs.read(guest::RFLAGS);
-        match self.pending.choose(interrupt, interruptibility, rflags) {
+        let choice = self.pending.choose(interrupt, interruptibility, rflags);
+        let nothing = matches!(choice, Choice::Nothing);
+        match choice {
             Choice::Again => {
                 if let Some((info, error, length)) = self.pending.interrupted.take() {
                     self.inject_again(info, error, length);
@@ -267,17 +270,21 @@ impl Vcpu {
             }
             Choice::Nothing => {}
         }
-        let nmi = self.pending.nmis != 0 && self.vmx.controls.has_virtual_nmis();
+        // Behind STI a CPU may say that an NMI can be taken (SDM 3, 26.2), where none is injected:
+        // that would have no end. It says nothing there of interrupts, which are on.
+        let behind_sti = nothing && interruptibility & BLOCKED_BY_STI != 0;
+        let nmi = self.pending.nmis != 0;
+        let nmi_window = nmi && !behind_sti && self.vmx.controls.has_virtual_nmis();
         let interrupt = self.has_interrupt();
-        self.set_window(interrupt, nmi);
+        self.set_window(interrupt || nmi && behind_sti, nmi_window);
         let threshold = if self.tier.delivers() {
             0
         } else {
             self.apic.threshold()
         };
         self.set_threshold(threshold);
-        if self.pending.nmis != 0 && !nmi {
-            // No window will say when it can be taken: every exit is a chance.
+        if nmi && !nmi_window {
+            // No window says when it can be taken: every exit is a chance.
             self.attend_to(Attention::EVENTS);
         }
     }

@@ -200,6 +200,8 @@ impl Vcpu {
         if self.tier.delivers() {
             self.write_interrupt_status();
         }
+        // Its TPR is 0 (SDM 3, 27.2.1.1).
+        self.set_threshold(0);
         self.publish_address();
         self.pending = Default::default();
         live_state::reset_debug_registers();

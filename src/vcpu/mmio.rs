@@ -33,7 +33,10 @@ impl Vcpu {
         if violation.unblocked_nmis && !delivering {
             self.block_nmis_again();
         }
-        match self.vm.map_page(violation.gpa, violation.write) {
+        match self
+            .vm
+            .map_page(violation.gpa, violation.write, violation.execute)
+        {
             Ok(()) => {}
             Err(Unmapped::NoSlot) if delivering => {
                 if !self.mark_descriptor(violation.gpa) {
@@ -356,6 +359,9 @@ impl Vcpu {
     #[inline(never)]
     fn local_apic_write_other(&mut self, offset: u64, width: Width, value: u64) {
         let action = self.apic.mmio_write(self.now(), offset, width, value);
+        if self.tier.delivers() {
+            self.write_interrupt_status();
+        }
         if register::is_address(offset as u16) {
             self.publish_address();
         }

@@ -37,7 +37,6 @@ pub mod tsc;
 mod virtual_apic;
 pub mod walk;
 
-use crate::addr::Gpa;
 use crate::devices::local_apic::LocalApic;
 use crate::devices::{Clock, Ticks};
 use crate::vm::machine::Vm;
@@ -92,8 +91,7 @@ pub struct Vcpu {
     tier: ApicTier,
     /// The TPR threshold as it is in the VMCS.
     threshold: u8,
-    /// Where the APIC-access page is mapped.
-    apic_page: Option<Gpa>,
+    apic_page_is_mapped: bool,
     /// What the emulator needs ([`bochs`]).
     misses_interrupts: bool,
     holds_interrupts: bool,

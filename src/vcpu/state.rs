@@ -208,7 +208,7 @@ impl Vcpu {
                 .delivered_by_cpu(tier.delivers()),
             tier,
             threshold: 0,
-            apic_page: None,
+            apic_page_is_mapped: false,
             misses_interrupts: false,
             holds_interrupts: false,
             paragraph: 0,

@@ -78,6 +78,9 @@ const BUSY_IN_DESCRIPTOR: u64 = 1 << 41;
 const WIDE: u32 = 1 << 3;
 const LDT: u32 = 2;
 
+/// A code segment of level 3.
+const CODE_3: Rights = Rights(0xfb);
+
 const CS: usize = Segment::Cs as usize;
 const SS: usize = Segment::Ss as usize;
 /// The order in which segments are loaded behind CS and SS.
@@ -297,15 +300,24 @@ fn load_segments(
     }
     task.segments[CS] = SegmentRegister {
         selector: image.selectors[CS],
+        rights: if old_cs.rights.is_code() {
+            old_cs.rights
+        } else {
+            // It was a paragraph, which is for virtual-8086 mode alone.
+            CODE_3
+        },
         ..old_cs
     };
-    machine.set_ldtr(SegmentRegister::null(image.ldt));
-    let ldtr = load_ldtr(machine, image.ldt)?;
-    machine.set_ldtr(ldtr);
-    if task.rflags & RFLAGS_VM != 0 {
+    let virtual_8086 = task.rflags & RFLAGS_VM != 0;
+    if virtual_8086 {
         for (segment, selector) in task.segments.iter_mut().zip(image.selectors) {
             *segment = SegmentRegister::paragraph(selector);
         }
+    }
+    machine.set_ldtr(SegmentRegister::null(image.ldt));
+    let ldtr = load_ldtr(machine, image.ldt)?;
+    machine.set_ldtr(ldtr);
+    if virtual_8086 {
         return Ok(());
     }
     let cpl = (image.selectors[CS] & 3) as u8;

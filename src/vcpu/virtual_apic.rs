@@ -15,6 +15,7 @@ use super::{Attention, Vcpu};
 use crate::addr::{Gpa, Hva};
 use crate::arch::registers::GeneralRegisters;
 use crate::devices::local_apic::{Mode, register};
+use crate::devices::pc;
 use crate::host::interrupts;
 use crate::host::memory::paging;
 use crate::vmx::apic::{ApicAccess, ApicPageAccess, ApicPageAccessKind, ApicTier};
@@ -106,6 +107,9 @@ impl Vcpu {
         self.vmcs.write(control::PIN, controls.pin);
         self.vmcs.write(control::PRIMARY, self.primary);
         self.vmcs.write(control::SECONDARY, controls.secondary);
+        // What it was may be above a TPR that is 0 now (SDM 3, 27.2.1.1).
+        self.set_threshold(0);
+        self.attend_to(Attention::EVENTS);
         self.open_apic_msrs();
         self.map_apic_page(access);
         if self.tier.delivers() {
@@ -133,18 +137,19 @@ impl Vcpu {
         open(msr(register::SELF_IPI), MsrAccess::Write, delivers);
     }
 
-    /// Where the guest has its APIC in memory, accesses there are to be told from others.
+    /// Where the guest has its APIC in memory, accesses there are to be told from others. Where it
+    /// has moved it, each is an EPT violation.
     fn map_apic_page(&mut self, access: ApicAccess) {
-        let wanted = (access == ApicAccess::Page && self.tier.shadows_tpr())
-            .then(|| Gpa(self.apic.address()));
-        if self.apic_page == wanted {
+        let wanted = access == ApicAccess::Page
+            && self.tier.shadows_tpr()
+            && self.apic.address() == pc::LOCAL_APIC_BASE;
+        if self.apic_page_is_mapped == wanted {
             return;
         }
-        if let Some(old) = self.apic_page.take() {
-            self.vm.unmap_apic_access(old);
+        self.apic_page_is_mapped = wanted && self.vm.map_apic_access();
+        if !wanted {
+            self.vm.unmap_apic_access();
         }
-        // Where RAM lies, or where the EPT does not reach, the APIC is not.
-        self.apic_page = wanted.filter(|&page| self.vm.map_apic_access(page));
         // The CPU may have cached what the address was (SDM 3, 30.4.5 and 29.4.3.3).
         let forgotten = self.forget_translations();
         debug_assert!(forgotten.is_ok());
@@ -218,11 +223,7 @@ impl Vcpu {
                 return Ok(());
             }
         }
-        let result = self.device_access(gpa, None, registers);
-        if self.tier.delivers() {
-            self.write_interrupt_status();
-        }
-        result
+        self.device_access(gpa, None, registers)
     }
 
     /// The guest has written a register, and the CPU has put it into the page.

@@ -11,17 +11,16 @@ use super::stillness::Stillness;
 use crate::addr::{Gpa, Hpa, Hva, PAGE_SIZE};
 use crate::devices::chipset::{Chipset, ChipsetConfig};
 use crate::devices::vga::CELLS;
-use crate::devices::{Clock, Ticks};
+use crate::devices::{Clock, Ticks, pc};
 use crate::host::memory::paging;
 use crate::vmx::capability::Capabilities;
-use crate::vmx::ept::{Ept, EptError, EptPointer, PageSize, Permissions};
+use crate::vmx::ept::{Ept, EptError, EptPointer, Invalidation, PageSize, Permissions};
 use crate::vmx::ept_frames::HostFrames;
 use crate::vmx::memory_type::{MemoryType, Mtrrs};
 use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec;
-use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use spin::Mutex;
 use vireo_handoff::config::{self, ApicMode};
@@ -50,11 +49,12 @@ pub struct Vm {
     pub started: u64,
     ept: Mutex<Ept<HostFrames>>,
     apic_access: Box<ApicAccessPage>,
-    /// Where that page is mapped, once for each vCPU that has its local APIC there.
-    apic_accesses: Mutex<Vec<Gpa>>,
+    /// How many vCPUs have that page mapped.
+    apic_access_users: Mutex<u32>,
     mtrrs: Mtrrs,
     /// The memory type of everything behind the slots, where that is one: mostly.
     memory_type: Option<MemoryType>,
+    large_code: bool,
 }
 
 /// What the chipset wants, as it was when somebody last let go of it: a vCPU looks
@@ -115,6 +115,8 @@ pub struct Host<'a> {
     pub address_width: u32,
     /// As the firmware set them up.
     pub mtrrs: Mtrrs,
+    /// Large pages may hold code: see [`errata`](crate::arch::errata).
+    pub large_code: bool,
 }
 
 /// Why a page could not be mapped.
@@ -167,9 +169,10 @@ impl Vm {
                 host.address_width,
             )?),
             apic_access: Box::new(ApicAccessPage { _unread: [0; 4096] }),
-            apic_accesses: Mutex::default(),
+            apic_access_users: Mutex::default(),
             mtrrs: host.mtrrs,
             memory_type,
+            large_code: host.large_code,
         })
     }
 
@@ -249,42 +252,39 @@ impl Vm {
         Hva((&raw const *self.apic_access) as u64)
     }
 
-    /// Maps the APIC-access page for a vCPU that has its local APIC at `gpa`, a multiple of 4096;
-    /// false where that is not possible: there is memory, or the address is beyond what the EPT
-    /// reaches.
-    pub fn map_apic_access(&self, gpa: Gpa) -> bool {
+    /// Maps the APIC-access page for a vCPU that has its local APIC at [`pc::LOCAL_APIC_BASE`];
+    /// false where that is not possible. Elsewhere it is never mapped: tables for wherever guests
+    /// move their APICs to would have no end.
+    pub fn map_apic_access(&self) -> bool {
         let Some(page) = paging::to_phys(self.apic_access_page()) else {
             return false;
         };
+        let gpa = Gpa(pc::LOCAL_APIC_BASE);
         // A fetch is an EPT violation: Bochs panics where it is an APIC-access exit.
         let data = Permissions::READ | Permissions::WRITE;
-        let mut places = self.apic_accesses.lock();
-        let mapped = places.contains(&gpa)
+        let mut users = self.apic_access_users.lock();
+        let mapped = *users != 0
             || self.memory.slots().find(gpa).is_none()
                 && self
                     .ept
                     .lock()
                     .map(gpa, page, PageSize::Size4K, data, MemoryType::WriteBack)
                     .is_ok();
-        if mapped {
-            places.push(gpa);
-        }
+        *users += u32::from(mapped);
         mapped
     }
 
     /// A vCPU no longer has its local APIC there. The last that had has the page taken away,
     /// and the others told to drop what their CPUs have cached of it; the caller does so itself.
-    pub fn unmap_apic_access(&self, gpa: Gpa) {
-        let mut places = self.apic_accesses.lock();
-        if let Some(index) = places.iter().position(|place| *place == gpa) {
-            places.swap_remove(index);
-        }
-        if places.contains(&gpa) {
+    pub fn unmap_apic_access(&self) {
+        let mut users = self.apic_access_users.lock();
+        *users = users.saturating_sub(1);
+        if *users != 0 {
             return;
         }
-        let unmapped = self.ept.lock().unmap(gpa, PAGE_SIZE);
+        let unmapped = self.ept.lock().unmap(Gpa(pc::LOCAL_APIC_BASE), PAGE_SIZE);
         debug_assert!(unmapped.is_ok());
-        drop(places);
+        drop(users);
         for mailbox in self.mailboxes.iter().filter(|_| self.vcpus() > 1) {
             mailbox.post(Events::MEMORY);
         }
@@ -298,7 +298,7 @@ impl Vm {
         for slot in self.memory.slots().iter() {
             let mut at = slot.start;
             while at.0 - slot.start.0 < slot.len {
-                match self.map_page(at, false) {
+                match self.map_page(at, false, true) {
                     Ok(()) | Err(Unmapped::NoSlot) => {}
                     Err(Unmapped::Ept(error)) => return Err(error),
                 }
@@ -311,23 +311,39 @@ impl Vm {
     }
 
     /// Maps the page of `gpa`, as large as its slot, the alignment and the
-    /// host's memory types allow, for a read or a `write`.
+    /// host's memory types allow, for a read, a `write` or to `execute`.
     ///
     /// # Errors
     /// When there is no slot that allows the access, or no frame for a table.
-    pub fn map_page(&self, gpa: Gpa, write: bool) -> Result<(), Unmapped> {
+    pub fn map_page(&self, gpa: Gpa, write: bool, execute: bool) -> Result<(), Unmapped> {
         let mut ept = self.ept.lock();
         let page = self.page(&ept, gpa, write).ok_or(Unmapped::NoSlot)?;
-        // A page that was not present needs no invalidation (SDM 3, 29.4.3.1).
-        ept.map(
-            page.gpa,
-            page.hpa,
-            page.size,
-            page.permissions,
-            page.memory_type,
-        )
-        .map(|_| ())
-        .map_err(Unmapped::Ept)
+        let mapped = ept.translate(gpa).map(|found| found.permissions);
+        // Another vCPU may have done it meanwhile.
+        let wanted = if execute {
+            Permissions::EXECUTE
+        } else {
+            page.permissions
+        };
+        if mapped.is_some_and(|mapped| mapped.contains(wanted)) {
+            return Ok(());
+        }
+        // Nothing is invalidated: nothing is taken away, and what a CPU knows of a page that it may
+        // not use so it forgets by itself (SDM 3, 29.4.3.1).
+        let mut done = Ok(Invalidation::NotNeeded);
+        if mapped.is_none() {
+            done = ept.map(
+                page.gpa,
+                page.hpa,
+                page.size,
+                page.permissions,
+                page.memory_type,
+            );
+        }
+        if done.is_ok() && execute && !page.permissions.contains(Permissions::EXECUTE) {
+            done = ept.protect_small(gpa, page.permissions | Permissions::EXECUTE);
+        }
+        done.map(|_| ()).map_err(Unmapped::Ept)
     }
 
     /// Takes away the mapping of the page of `gpa` where there is memory, as if nobody had
@@ -376,11 +392,16 @@ impl Vm {
             let memory_type = self
                 .memory_type_of(hpa, size)
                 .or_else(|| (size == PageSize::Size4K).then_some(MemoryType::Uncacheable))?;
+            let denied = if size == PageSize::Size4K || self.large_code {
+                Permissions::empty()
+            } else {
+                Permissions::EXECUTE
+            };
             Some(Page {
                 gpa,
                 hpa,
                 size,
-                permissions,
+                permissions: permissions.difference(denied),
                 memory_type,
             })
         })

@@ -198,8 +198,9 @@ impl EptPointer {
         if !capabilities.four_levels() {
             return Err(EptError::Unsupported);
         }
-        let accessed_dirty = u64::from(capabilities.accessed_dirty()) << 6;
-        Ok(Self(root.0 | accessed_dirty | 3 << 3 | memory_type as u64))
+        // Accessed and dirty bits stay off: with them a walk of the guest's page tables counts as a
+        // write (SDM 3, 29.3.3.2), and some firmware has its tables in ROM.
+        Ok(Self(root.0 | 3 << 3 | memory_type as u64))
     }
 
     /// The field's bits.
@@ -373,6 +374,23 @@ impl<M: TableMemory> Ept<M> {
     ) -> Result<Invalidation, EptError> {
         self.check_permissions(permissions)?;
         self.change_range(gpa, bytes, Change::Protect(permissions))
+    }
+
+    /// Gives what is mapped in the 2 MiB around `gpa` the permissions `permissions`, by pages of
+    /// 4 KiB.
+    pub fn protect_small(
+        &mut self,
+        gpa: Gpa,
+        permissions: Permissions,
+    ) -> Result<Invalidation, EptError> {
+        let (large, small) = (PageSize::Size2M.bytes(), PageSize::Size4K.bytes());
+        let start = gpa.align_down(large);
+        // A part first, which splits the page.
+        let split = self.protect(start, small, permissions)?;
+        let rest = self.protect(Gpa(start.0 + small), large - small, permissions)?;
+        Ok(Invalidation::when(
+            [split, rest].contains(&Invalidation::Needed),
+        ))
     }
 
     /// What `gpa` is mapped to, as a CPU would find it.

@@ -143,6 +143,12 @@ fn pc_on_the_oldest_cpu(case: &mut Case) -> Result<()> {
         ),
         &seen.console,
     );
+    case.check(
+        "a page that a guest executes is small: the CPU has the mistake",
+        seen.console
+            .contains("; code in pages of 4 KiB (CVE-2018-12207)"),
+        &seen.console,
+    );
     let refusal = "`apic` in vireo.toml asks for what this CPU's VT-x lacks, \
         \"APIC-register virtualization\" (IA32_VMX_PROCBASED_CTLS2 bit 40); use apic = \"auto\"";
     case.check(

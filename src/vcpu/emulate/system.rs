@@ -273,7 +273,9 @@ impl<M: Machine> Step<'_, '_, M> {
         let long = self.machine.addressing() == Addressing::Long;
         let fits = match which {
             SystemSegment::Ldtr => kind == LDT,
-            SystemSegment::Tr => kind == AVAILABLE_TSS || kind == AVAILABLE_TSS_16 && !long,
+            SystemSegment::Tr => {
+                kind == AVAILABLE_TSS || kind == AVAILABLE_TSS_16 && !self.machine.is_ia32e()
+            }
         };
         if !fits {
             return Err(fault.of(selector).into());

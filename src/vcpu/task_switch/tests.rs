@@ -313,6 +313,29 @@ fn what_is_wrong_with_its_segments_is_the_new_tasks() {
     assert_eq!(beyond, Err(Exception::GeneralProtection));
 }
 
+/// An entry refuses a CS of virtual-8086 mode outside it, and null segments in it (SDM 3, 27.3.1.2).
+#[test]
+fn what_goes_wrong_to_or_from_virtual_8086_mode_leaves_segments_of_the_new_one() {
+    let (mut ram, mut task) = start();
+    ram.put(NEW + 0x24, &0x2_0002u32.to_le_bytes());
+    ram.put(NEW + 0x4c, &0x4200u32.to_le_bytes());
+    ram.put(NEW + 0x60, &0x7f8u32.to_le_bytes());
+    let to = switch(&mut task, &mut ram, NEW_TASK, Source::Jump);
+    assert_eq!(to, Err(SegmentFault::InvalidTss.of(0x7f8)));
+    assert_eq!(task.rflags & RFLAGS_VM, RFLAGS_VM);
+    assert!(task.segments.iter().all(|own| own.rights.0 == 0xf3));
+
+    let (mut ram, mut task) = start();
+    task.rflags |= RFLAGS_VM;
+    task.segments = [SegmentRegister::paragraph(0x4200); 6];
+    ram.put(NEW + 0x4c, &[0]);
+    let from = switch(&mut task, &mut ram, NEW_TASK, Source::Gate(None));
+    assert_eq!(from, Err(SegmentFault::InvalidTss.of(0)));
+    assert_eq!(task.rflags & RFLAGS_VM, 0);
+    let rights = [CS, SS].map(|segment| task.segments[segment].rights);
+    assert!(rights[0].is_code() && rights[0].dpl() == rights[1].dpl());
+}
+
 #[test]
 fn the_debug_trap() {
     let (mut ram, mut task) = start();

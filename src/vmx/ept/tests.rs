@@ -157,10 +157,28 @@ fn entries_have_the_bits_of_the_manual() {
     let _ = ept.map(Gpa(GIB), Hpa(0x5000), Size4K, ALL, WB).unwrap();
     let written: Vec<u64> = ept.memory.writes.iter().map(|write| write.1).collect();
     assert_eq!(written, [0x2007, 0x4000_0081, 0x3007, 0x4007, 0x5037]);
+    assert_eq!(ept.pointer().map(EptPointer::bits), Ok(0x1000 | 3 << 3 | 6));
+}
+
+#[test]
+fn a_large_page_becomes_small_ones_for_code() {
+    let data = Permissions::READ | Permissions::WRITE;
+    let mut ept = ept();
+    let _ = ept.map(Gpa(0), Hpa(GIB), Size1G, data, WB).unwrap();
     assert_eq!(
-        ept.pointer().map(EptPointer::bits),
-        Ok(0x1000 | 1 << 6 | 3 << 3 | 6)
+        ept.protect_small(Gpa(0x40_1234), ALL),
+        Ok(Invalidation::Needed)
     );
+    for (at, size, permissions) in [
+        (0x3f_ffff, Size2M, data),
+        (0x40_0000, Size4K, ALL),
+        (0x5f_ffff, Size4K, ALL),
+        (0x60_0000, Size2M, data),
+    ] {
+        let found = ept.translate(Gpa(at)).unwrap();
+        assert_eq!((found.size, found.permissions), (size, permissions));
+        assert_eq!(found.hpa, Hpa(GIB + at));
+    }
 }
 
 #[test]

@@ -6,11 +6,14 @@
 //! | `flood` | sends numbered lines, until a byte comes in |
 //! | `draw` | draws on the screen |
 //! | `graphics` | has it show graphics |
+//! | `roam` | moves its local APIC to thousands of places |
 //! | `quit` | powers the machine off |
 #![no_std]
 #![no_main]
 
+use vireo_test_guests::apic;
 use vireo_test_guests::check_equal;
+use vireo_test_guests::cpu::{self, msr};
 use vireo_test_guests::memory::{read16, write16};
 use vireo_test_guests::port::{in8, out16};
 use vireo_test_guests::report::{power_off, say};
@@ -43,6 +46,7 @@ fn run() {
             b"draw" => draw(),
             b"graphics" => graphics(),
             b"flood" => flood(),
+            b"roam" => roam(),
             _ => say(format_args!("echo: \"{}\"", text.escape_ascii())),
         }
     }
@@ -78,6 +82,17 @@ fn draw() {
 fn graphics() {
     out16(GRAPHICS_CONTROLLER, 0x0506);
     say(format_args!("painted"));
+}
+
+fn roam() {
+    const PLACES: u64 = 4096;
+    let home = apic::base();
+    for place in 1..=PLACES {
+        let base = (1 << 32) + (place << 21);
+        cpu::wrmsr(msr::APIC_BASE, base | home & 0xfff);
+    }
+    cpu::wrmsr(msr::APIC_BASE, home);
+    say(format_args!("roamed"));
 }
 
 fn has_input() -> bool {

@@ -21,6 +21,7 @@ fn end(_: &mut Frame) {
 pub fn check_all() {
     xapic_page();
     mode("xAPIC");
+    moved();
     switching();
     apic::set_x2apic(true);
     mode("x2APIC");
@@ -340,6 +341,58 @@ fn masked_timer(name: &Named) {
     cpu::interrupt_window();
     name.equal("a masked timer is silent", exceptions::count(TIMER), 0);
     apic::write(register::INITIAL_COUNT, 0);
+}
+
+/// Its page is elsewhere for a while.
+fn moved() {
+    const ELSEWHERE: u64 = 0xfd00_0000;
+    const HELD_BACK: u32 = 0xf0;
+    let home = apic::base();
+    let register = |register: u32| ELSEWHERE + u64::from(register);
+    wrmsr(msr::APIC_BASE, ELSEWHERE | home & 0xfff);
+    check_equal(
+        "a moved xAPIC's registers are there",
+        memory::read32(register(register::VERSION)) & 0xf0,
+        0x10,
+    );
+    check_equal(
+        "and where it was is nobody",
+        memory::read32(apic::BASE + u64::from(register::VERSION)),
+        u32::MAX,
+    );
+    exceptions::on(LOW, |_| {
+        memory::write32(ELSEWHERE + u64::from(register::EOI), 0);
+    });
+    for round in 1..=2 {
+        memory::write32(register(register::TPR), HELD_BACK);
+        memory::write32(register(register::ICR), entry::TO_SELF | u32::from(LOW));
+        cpu::interrupt_window();
+        check_equal(
+            "its TPR holds an interrupt back",
+            exceptions::count(LOW),
+            round - 1,
+        );
+        memory::write32(register(register::TPR), 0);
+        cpu::interrupt_window();
+        check_equal("which comes then", exceptions::count(LOW), round);
+        check_equal(
+            "and is ended",
+            memory::read32(register(register::ISR + u32::from(LOW) / 32 * 16)),
+            0,
+        );
+    }
+    memory::write32(register(register::TPR), HELD_BACK);
+    memory::write32(register(register::ICR), entry::TO_SELF | u32::from(LOW));
+    wrmsr(msr::APIC_BASE, home & !apic::ENABLED);
+    cpu::interrupt_window();
+    check_equal(
+        "what it holds back is gone when it is off",
+        exceptions::count(LOW),
+        2,
+    );
+    wrmsr(msr::APIC_BASE, home);
+    apic::write(register::SVR, apic::SVR_ENABLED);
+    check_equal("it is at home again", apic::read(register::TPR), 0);
 }
 
 fn switching() {
