@@ -257,7 +257,8 @@ impl Vcpu {
         if timed {
             let now = self.now();
             if now >= self.turn_ends {
-                // Nothing is lost: the next turn begins with a look at everything.
+                // For the next turn, which looks at devices by itself, but at nothing else.
+                self.attention |= attention;
                 self.leave(Leave::Turn);
                 return Next::Leave;
             }
