@@ -6,7 +6,7 @@
 //! one that is not below it has something to do again: by mail
 //! ([`crate::vm::mailbox`]), or because a moment has come. A moment ends the turn through
 //! the guest's preemption timer, so that nothing else interrupts a guest that has the CPU alone.
-//! Short turns with short waits between them count as a slice when they add up to one ([`Share`]).
+//! Its slice is what it works itself, over several turns where it waits in between ([`Share`]).
 //!
 //! A vCPU that has waited finds its registers where it left them, if no other has had the CPU
 //! meanwhile: they are saved when another comes, not when it goes.
@@ -34,8 +34,7 @@ pub struct Scheduler {
     tasks: Vec<Task>,
     /// Whose VMCS and registers the CPU holds, or [`NOBODY`].
     owner: usize,
-    /// The places before all equals and behind them that were given out last.
-    front: u64,
+    /// The place behind all equals that was given out last.
     back: u64,
     /// What is to be done when the time-stamp counter has come there.
     later: Vec<(u64, Job)>,
@@ -51,9 +50,7 @@ pub struct Task {
     rank: Rank,
     /// When it has something to do if it has no mail: [`READY`] at once, or [`NEVER`].
     wakes_at: u64,
-    /// When the slice that it has begun is over; [`NEVER`] where it has begun none.
-    slice_ends: u64,
-    /// Ticks of a turn while equals are ready.
+    /// Ticks that it works while equals are ready, before it goes behind them.
     slice: u64,
     share: Share,
 }
@@ -70,9 +67,8 @@ struct Rank(u64);
 impl Rank {
     /// Below all.
     const NOBODY: Self = Self(0);
+    /// Bits of the place: room for the turns of all time.
     const PLACES: u32 = 56;
-    /// Before and behind it is room for the turns of all time.
-    const MIDDLE: u64 = 1 << (Self::PLACES - 1);
 
     const fn new(priority: u8, place: u64) -> Self {
         Self((priority as u64) << Self::PLACES | place)
@@ -83,35 +79,40 @@ impl Rank {
     }
 }
 
-/// What a vCPU takes of its CPU that waits again and again: it goes before its equals when it wakes
-/// up only while it waits for longer than it works. Else one that wakes up without end would leave
-/// them nothing.
-#[derive(Clone, Copy, Debug, Default)]
+/// How long a vCPU may work until it goes behind its equals. While it waits it wins some of that
+/// back, and so goes before them when it wakes up, as long as it works no more than its share
+/// beside all on its CPU: else those that work by turns would leave another one nothing.
+#[derive(Clone, Copy, Debug)]
 struct Share {
-    /// Ticks that it has worked since it went behind its equals last, less those that it has waited.
-    worked: u64,
-    /// When it began to wait; 0 where it did not.
+    /// Ticks.
+    left: u64,
+    /// When it last began to wait.
     waits_since: u64,
 }
 
 impl Share {
-    /// It goes on.
-    fn begin(&mut self, now: u64) {
-        if self.waits_since != 0 {
-            let waited = now.saturating_sub(mem::take(&mut self.waits_since));
-            self.worked = self.worked.saturating_sub(waited);
+    const fn new(slice: u64) -> Self {
+        Self {
+            left: slice,
+            waits_since: 0,
         }
     }
 
-    /// It waits from `now` on, and has worked since `began`; whether that is a whole slice by now.
-    fn wait(&mut self, began: u64, now: u64, slice: u64) -> bool {
-        self.waits_since = now;
-        self.worked += now.saturating_sub(began);
-        let all = self.worked >= slice;
-        if all {
-            self.worked = 0;
+    /// It has waited until now, as one of so many `others`.
+    fn win_back(&mut self, now: u64, slice: u64, others: u64) {
+        let waited = now.saturating_sub(self.waits_since);
+        let won = waited / others.max(1);
+        self.left = self.left.saturating_add(won).min(slice);
+    }
+
+    /// It has worked for so long; whether nothing was left then.
+    fn work(&mut self, ticks: u64, slice: u64) -> bool {
+        self.left = self.left.saturating_sub(ticks);
+        let over = self.left == 0;
+        if over {
+            self.left = slice;
         }
-        all
+        over
     }
 }
 
@@ -119,21 +120,29 @@ impl Task {
     /// One that is ready.
     pub fn new(vcpu: Vcpu, entry: Entry<Vcpu>, living: Arc<Living>) -> Self {
         let config = living.config();
-        let slice = time::tsc_hz() / 1_000_000 * u64::from(config.slice_us);
+        let slice = (time::tsc_hz() / 1_000_000 * u64::from(config.slice_us)).max(1);
         Self {
             vcpu,
             entry,
-            rank: Rank::new(config.priority, Rank::MIDDLE),
+            rank: Rank::new(config.priority, 0),
             wakes_at: READY,
-            slice_ends: NEVER,
-            slice: slice.max(1),
-            share: Share::default(),
+            slice,
+            share: Share::new(slice),
             living,
         }
     }
 
     fn is_ready(&self) -> bool {
         self.wakes_at == READY
+    }
+
+    /// It has something to do, as one of so many.
+    #[cold]
+    #[inline(never)]
+    fn wake_up(&mut self, now: u64, count: usize) {
+        self.wakes_at = READY;
+        let others = (count as u64).saturating_sub(1);
+        self.share.win_back(now, self.slice, others);
     }
 }
 
@@ -144,8 +153,7 @@ impl Scheduler {
             processor,
             tasks: Vec::new(),
             owner: NOBODY,
-            front: Rank::MIDDLE,
-            back: Rank::MIDDLE,
+            back: 1 << Rank::PLACES,
             later: Vec::new(),
             due: NEVER,
         }
@@ -215,11 +223,14 @@ impl Scheduler {
     fn first(&mut self, now: u64) -> Option<usize> {
         let mut first = 0;
         let mut highest = Rank::NOBODY;
+        let count = self.tasks.len();
         for (index, task) in self.tasks.iter_mut().enumerate() {
             if task.wakes_at > now && !task.vcpu.has_mail() {
                 continue;
             }
-            task.wakes_at = READY;
+            if !task.is_ready() {
+                task.wake_up(now, count);
+            }
             if task.rank > highest {
                 highest = task.rank;
                 first = index;
@@ -235,22 +246,22 @@ impl Scheduler {
         let Some(task) = self.tasks.get_mut(index) else {
             return;
         };
-        task.share.begin(now);
         place.set_current(Some(task.vcpu.mailbox()));
         let turn = task.vcpu.turn(&mut task.entry, until, task.slice);
         place.set_current(None);
+        let then = cpu::rdtsc();
+        let over = task.share.work(then - now, task.slice);
         match turn {
             Turn::Waits(until) => {
                 task.wakes_at = until.unwrap_or(NEVER).max(READY + 1);
-                task.slice_ends = NEVER;
-                if task.share.wait(now, cpu::rdtsc(), task.slice) {
-                    self.move_back(index);
-                }
+                task.share.waits_since = then;
             }
-            Turn::Yields if task.slice_ends > cpu::rdtsc() => {}
-            Turn::Yields => self.move_back(index),
-            Turn::Spins => self.let_siblings_go_first(index),
-            Turn::Ends(end) => self.end(index, end),
+            Turn::Spins if !over => return self.let_siblings_go_first(index),
+            Turn::Yields | Turn::Spins => {}
+            Turn::Ends(end) => return self.end(index, end),
+        }
+        if over {
+            self.move_back(index);
         }
     }
 
@@ -269,10 +280,11 @@ impl Scheduler {
 
     /// When the turn of the ready vCPU `index` ends at the latest: when something is due, its
     /// slice is over while an equal is ready, or one that is not below it wakes up.
-    fn end_of_turn(&mut self, index: usize, now: u64) -> u64 {
-        let Some(priority) = self.tasks.get(index).map(|task| task.rank.priority()) else {
+    fn end_of_turn(&self, index: usize, now: u64) -> u64 {
+        let Some(task) = self.tasks.get(index) else {
             return NEVER;
         };
+        let (priority, left) = (task.rank.priority(), task.share.left);
         let mut ends = self.due;
         let mut ready = 0;
         for task in &self.tasks {
@@ -285,44 +297,35 @@ impl Scheduler {
                 ends = ends.min(task.wakes_at);
             }
         }
-        let Some(task) = self.tasks.get_mut(index) else {
-            return NEVER;
-        };
-        if ready == 1 {
-            task.slice_ends = NEVER;
-        } else if task.slice_ends == NEVER {
-            task.slice_ends = now.saturating_add(task.slice);
+        if ready > 1 {
+            ends = ends.min(now + left);
         }
-        ends.min(task.slice_ends)
+        ends
     }
 
     /// Behind all equals.
     fn move_back(&mut self, index: usize) {
         self.back -= 1;
-        self.move_to(index, self.back);
-    }
-
-    fn move_to(&mut self, index: usize, place: u64) {
         if let Some(task) = self.tasks.get_mut(index) {
-            task.rank = Rank::new(task.rank.priority(), place);
-            task.slice_ends = NEVER;
+            task.rank = Rank::new(task.rank.priority(), self.back);
         }
     }
 
-    /// A vCPU that spins waits for a lock, mostly, which a vCPU of its own guest holds.
+    /// A vCPU that spins waits for a lock, mostly, which a vCPU of its own guest holds: that has
+    /// its place. Neither has more of its slice than before.
     fn let_siblings_go_first(&mut self, index: usize) {
-        self.move_back(index);
         let Some(spins) = self.tasks.get(index) else {
             return;
         };
-        let sibling = (self.tasks.iter().enumerate())
-            .filter(|(_, task)| task.is_ready() && Arc::ptr_eq(&task.living, &spins.living))
-            .max_by_key(|(_, task)| task.rank);
-        if let Some((sibling, _)) = sibling
-            && sibling != index
+        let (rank, living) = (spins.rank, Arc::clone(&spins.living));
+        self.move_back(index);
+        let siblings = (self.tasks.iter_mut().enumerate())
+            .filter(|(other, task)| *other != index && Arc::ptr_eq(&task.living, &living));
+        if let Some((_, sibling)) = siblings
+            .filter(|(_, task)| task.is_ready())
+            .max_by_key(|(_, task)| task.rank)
         {
-            self.front += 1;
-            self.move_to(sibling, self.front);
+            sibling.rank = rank;
         }
     }
 
@@ -353,28 +356,39 @@ impl Scheduler {
 mod tests {
     use super::Share;
 
-    #[test]
-    fn who_works_more_than_it_waits_goes_back_after_a_slice() {
-        let mut share = Share::default();
-        let mut back = Vec::new();
-        // 30 ticks of work, 20 of waiting: ten more each time.
-        for round in 1..=20 {
-            let now = round * 50;
-            share.begin(now);
-            if share.wait(now, now + 30, 100) {
-                back.push(round);
-            }
-        }
-        assert_eq!(back, [8, 16]);
+    /// Works and waits in turn; whether nothing is left of a slice of 100 in a thousand rounds, and
+    /// after how many.
+    fn runs_out(work: u64, wait: u64, others: u64) -> Option<u64> {
+        let mut share = Share::new(100);
+        (1..=1000).find(|round| {
+            let now = (round - 1) * (work + wait);
+            share.win_back(now, 100, others);
+            share.waits_since = now + work;
+            share.work(work, 100)
+        })
     }
 
     #[test]
-    fn who_waits_more_than_it_works_never_does() {
-        let mut share = Share::default();
-        for round in 1..=1000 {
-            let now = round * 50;
-            share.begin(now);
-            assert!(!share.wait(now, now + 20, 100));
+    fn who_works_more_than_its_share_goes_back_after_a_slice_of_more() {
+        // Beside one other: ten more each time.
+        assert_eq!(runs_out(30, 20, 1), Some(8));
+        // Two that fill the CPU go back, where there is a third.
+        assert_eq!(runs_out(40, 40, 2), Some(4));
+        assert_eq!(runs_out(100, 1_000_000, 1), Some(1));
+    }
+
+    #[test]
+    fn who_works_no_more_never_does() {
+        for others in 1..10 {
+            assert_eq!(runs_out(10, 10 * others, others), None);
         }
+        assert_eq!(runs_out(20, 30, 1), None);
+    }
+
+    #[test]
+    fn a_slice_is_given_anew() {
+        let mut share = Share::new(100);
+        let over = [60, 60, 60, 40].map(|ticks| share.work(ticks, 100));
+        assert_eq!(over, [false, true, false, true]);
     }
 }

@@ -74,7 +74,8 @@ pub fn add(suite: &mut Suite) {
     suite.add("guests::emulation", emulation);
     suite.add("guests::tasks", tasks);
     suite.add("guests::spin", spin);
-    suite.add("guests::storm", storm);
+    suite.add("guests::storm", |case| on_one_cpu(case, "storm", 2));
+    suite.add("guests::turns", |case| on_one_cpu(case, "turns", 4));
 }
 
 /// A guest in the configuration.
@@ -454,11 +455,11 @@ fn spin(case: &mut Case) -> Result<()> {
     Ok(())
 }
 
-/// A vCPU whose timer is due again before it has waited leaves its CPU to another, and to the
-/// hypervisor's own interrupts, without which nothing is said.
-fn storm(case: &mut Case) -> Result<()> {
-    let config = format!("{}vcpus = 2\n", entry("storm", "storm"));
-    let seen = boot_as(case, "storm", &config, &["--smp", "1"], 90)?;
+/// vCPUs that wake up again and again leave their CPU to another, and to the hypervisor's own
+/// interrupts, without which nothing is said.
+fn on_one_cpu(case: &mut Case, name: &str, vcpus: u32) -> Result<()> {
+    let config = format!("{}vcpus = {vcpus}\n", entry(name, name));
+    let seen = boot_as(case, name, &config, &["--smp", "1"], 90)?;
     results(case, "", &seen.console);
     case.check_equal("it powers off", seen.ending, Ending::Status(0));
     Ok(())

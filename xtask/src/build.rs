@@ -142,7 +142,7 @@ fn efi_application(program: &Program, env: &[(&str, &Path)], file: &str) -> Resu
 }
 
 /// The small guests: the programs in `tests/guests`.
-pub const GUESTS: [&str; 18] = [
+pub const GUESTS: [&str; 19] = [
     "pc",
     "triple",
     "vmxon",
@@ -150,6 +150,7 @@ pub const GUESTS: [&str; 18] = [
     "hang",
     "spin",
     "storm",
+    "turns",
     "reset",
     "bench",
     "delivery",
