@@ -120,6 +120,16 @@ pub struct TextMode {
     pub rows: u16,
 }
 
+impl TextMode {
+    /// What a VGA begins with: a BIOS' mode 3.
+    pub const FIRST: Self = Self {
+        start: 0,
+        pitch: 80,
+        columns: 80,
+        rows: 25,
+    };
+}
+
 /// The registers.
 #[derive(Clone, Debug)]
 pub struct Vga {
@@ -139,7 +149,7 @@ pub struct Vga {
 }
 
 impl Default for Vga {
-    /// In text mode 3: 80 columns, 25 rows, 16 scan lines each.
+    /// In [`TextMode::FIRST`], with 16 scan lines a row.
     fn default() -> Self {
         Self {
             miscellaneous: 0x67,
@@ -271,13 +281,7 @@ mod tests {
 
     #[test]
     fn it_begins_with_80_by_25() {
-        let mode = TextMode {
-            start: 0,
-            pitch: 80,
-            columns: 80,
-            rows: 25,
-        };
-        assert_eq!(Vga::default().text_mode(), Some(mode));
+        assert_eq!(Vga::default().text_mode(), Some(TextMode::FIRST));
     }
 
     #[test]

@@ -99,7 +99,7 @@ fn checks(case: &mut Case, option: &str, kernel: &[u8]) -> Result<()> {
     );
     case.check(
         "all checks are done",
-        seen.output.contains("checks: 17 passed, 0 failed"),
+        seen.output.contains("checks: 20 passed, 0 failed"),
         &seen.console,
     );
     case.check_equal("it powers off", seen.ending, Ending::Status(0));

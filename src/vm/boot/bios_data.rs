@@ -3,6 +3,7 @@
 
 use crate::addr::Gpa;
 use crate::devices::pc;
+use crate::devices::vga::TextMode;
 use crate::vm::memory::{GuestMemory, OutOfSlot};
 use crate::vm::memory_map::LOW_RAM_END;
 
@@ -20,11 +21,11 @@ const WORDS: [(u64, u16); 9] = [
     // The screen: text mode 3, columns, bytes of a page, the cursor's shape, rows less one with
     // scan lines of a row.
     (0x449, 3),
-    (0x44a, 80),
+    (0x44a, TextMode::FIRST.columns),
     (0x44c, 0x1000),
     (0x460, 0x0d0e),
     (0x463, CRTC),
-    (0x484, 16 << 8 | 24),
+    (0x484, 16 << 8 | (TextMode::FIRST.rows - 1)),
 ];
 
 /// Writes what is not 0.

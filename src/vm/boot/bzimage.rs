@@ -5,6 +5,7 @@
 use super::placement::{self, CodeSegment, Initrd, Places, Selectors};
 use super::{BootError, EntryMode, EntryState, Images, Machine};
 use crate::addr::Gpa;
+use crate::devices::vga::TextMode;
 use crate::vm::memory::{GuestMemory, OutOfSlot};
 use crate::vm::memory_map::HIGH_RAM;
 use vireo_handoff::image::{self, ImageError};
@@ -44,11 +45,11 @@ mod parameters {
     pub const E820_ENTRY: usize = 20;
 }
 
-/// A VGA in text mode 3, with 80 columns and 25 rows.
+/// A VGA in text mode 3.
 const SCREEN: [(usize, u8); 5] = [
     (parameters::VIDEO_MODE, 3),
-    (parameters::VIDEO_COLUMNS, 80),
-    (parameters::VIDEO_LINES, 25),
+    (parameters::VIDEO_COLUMNS, TextMode::FIRST.columns as u8),
+    (parameters::VIDEO_LINES, TextMode::FIRST.rows as u8),
     (parameters::VIDEO_IS_VGA, 1),
     (parameters::VIDEO_POINTS, 16),
 ];

@@ -12,6 +12,8 @@
 //! back to real mode. Of a BIOS there are the interrupt controllers' and the timer's state, and
 //! interrupt vectors, which end at once.
 //!
+//! A kernel that wishes for a video mode gets text all the same: a wish is all that it is (3.1.4).
+//!
 //! Command lines begin with the file's name, as other loaders have it. Modules follow the
 //! kernel, each at a page of its own, whether it asks for that or not.
 
@@ -19,8 +21,9 @@ use super::elf::{self, Segment, Segments};
 use super::placement::{self, CodeSegment, PlacedModule, Places, Selectors};
 use super::{BootError, EntryMode, EntryState, Images, Machine, Module};
 use crate::addr::Gpa;
+use crate::devices::vga::TextMode;
 use crate::vm::memory::{GuestMemory, OutOfSlot};
-use crate::vm::memory_map::{HIGH_RAM, LOW_RAM_END};
+use crate::vm::memory_map::{HIGH_RAM, LOW_RAM_END, TEXT_MEMORY};
 use alloc::borrow::Cow;
 use vireo_handoff::image::multiboot::{Addresses, Header};
 use vireo_handoff::image::{Content, ImageError};
@@ -46,6 +49,7 @@ mod flag {
     pub const MODULES: u32 = 1 << 3;
     pub const MEMORY_MAP: u32 = 1 << 6;
     pub const LOADER_NAME: u32 = 1 << 9;
+    pub const FRAMEBUFFER: u32 = 1 << 12;
 }
 
 /// Offsets in the boot information (3.3).
@@ -59,6 +63,12 @@ mod info {
     pub const MEMORY_MAP_LENGTH: u64 = 44;
     pub const MEMORY_MAP: u64 = 48;
     pub const LOADER_NAME: u64 = 64;
+    pub const FRAMEBUFFER: u64 = 88;
+    pub const FRAMEBUFFER_PITCH: u64 = 96;
+    pub const FRAMEBUFFER_WIDTH: u64 = 100;
+    pub const FRAMEBUFFER_HEIGHT: u64 = 104;
+    /// Bits of a cell and, in the next byte, what the cells are.
+    pub const FRAMEBUFFER_CELLS: u64 = 108;
     /// Up to where a loader may know it.
     pub const LENGTH: u64 = 120;
 }
@@ -210,8 +220,12 @@ fn write_info(modules: &[PlacedModule], machine: &Machine) -> Result<(), OutOfSl
     }
     memory.write(LOADER_NAME_AT, LOADER_NAME)?;
 
-    let flags =
-        flag::MEMORY | flag::COMMAND_LINE | flag::MODULES | flag::MEMORY_MAP | flag::LOADER_NAME;
+    let flags = flag::MEMORY
+        | flag::COMMAND_LINE
+        | flag::MODULES
+        | flag::MEMORY_MAP
+        | flag::LOADER_NAME
+        | flag::FRAMEBUFFER;
     field(info::FLAGS, flags)?;
     // In KiB, from 0 and from 1 MiB up.
     let below_4g = machine.map.ram_below_4g();
@@ -225,7 +239,20 @@ fn write_info(modules: &[PlacedModule], machine: &Machine) -> Result<(), OutOfSl
     field(info::MODULES, MODULES.0 as u32)?;
     field(info::MEMORY_MAP_LENGTH, (at.0 - MEMORY_MAP.0) as u32)?;
     field(info::MEMORY_MAP, MEMORY_MAP.0 as u32)?;
-    field(info::LOADER_NAME, LOADER_NAME_AT.0 as u32)
+    field(info::LOADER_NAME, LOADER_NAME_AT.0 as u32)?;
+
+    // Cells of 16 bits, which are text (type 2).
+    let TextMode {
+        pitch,
+        columns,
+        rows,
+        ..
+    } = TextMode::FIRST;
+    field(info::FRAMEBUFFER, TEXT_MEMORY as u32)?;
+    field(info::FRAMEBUFFER_PITCH, u32::from(pitch) * 2)?;
+    field(info::FRAMEBUFFER_WIDTH, columns.into())?;
+    field(info::FRAMEBUFFER_HEIGHT, rows.into())?;
+    field(info::FRAMEBUFFER_CELLS, 16 | 2 << 8)
 }
 
 #[cfg(test)]

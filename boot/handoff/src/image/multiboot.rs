@@ -8,9 +8,8 @@ const MAGIC: u32 = 0x1bad_b002;
 /// Bytes up to and with the checksum, and up to and with the address fields.
 const SHORT: usize = 12;
 const WITH_ADDRESSES: usize = 32;
-/// Offset of the wanted video mode's type, and its value for text.
-const VIDEO_MODE: usize = 32;
-const TEXT: u32 = 1;
+/// Offset of the last field of the wanted video mode.
+const VIDEO_DEPTH: usize = 44;
 
 /// Bits of the header's flags.
 pub mod flag {
@@ -18,7 +17,7 @@ pub mod flag {
     pub const ALIGN_MODULES: u32 = 1 << 0;
     /// The kernel is to be told its memory.
     pub const MEMORY: u32 = 1 << 1;
-    /// There is a wish for a video mode.
+    /// There is a wish for a video mode, and the kernel is to be told the one that is set.
     pub const VIDEO: u32 = 1 << 2;
     /// The header says where the file belongs.
     pub const ADDRESSES: u32 = 1 << 16;
@@ -66,7 +65,6 @@ pub enum HeaderError {
     Flags {
         unknown: u32,
     },
-    Graphics,
 }
 
 impl fmt::Display for HeaderError {
@@ -86,9 +84,6 @@ impl fmt::Display for HeaderError {
             Self::Flags { unknown } => write!(
                 f,
                 "the kernel's multiboot header asks for what Vireo does not know (flags {unknown:#x})"
-            ),
-            Self::Graphics => f.write_str(
-                "the kernel's multiboot header asks for a graphics mode (flag bit 2), and guests have none",
             ),
         }
     }
@@ -133,8 +128,8 @@ fn read(rest: &[u8], offset: u32, flags: u32) -> Result<Header, HeaderError> {
         return Err(HeaderError::Flags { unknown });
     }
     let cut = HeaderError::Cut { offset };
-    if flags & VIDEO != 0 && word(rest, VIDEO_MODE).ok_or(cut)? != TEXT {
-        return Err(HeaderError::Graphics);
+    if flags & VIDEO != 0 && word(rest, VIDEO_DEPTH).is_none() {
+        return Err(cut);
     }
     let addresses = if flags & ADDRESSES == 0 {
         None
@@ -173,14 +168,14 @@ mod tests {
         file
     }
 
-    fn header(flags: u32) -> [u32; 13] {
+    fn header(flags: u32) -> [u32; 12] {
         let checksum = 0u32.wrapping_sub(MAGIC).wrapping_sub(flags);
-        [MAGIC, flags, checksum, 1, 2, 3, 4, 5, TEXT, 80, 25, 0, 0]
+        [MAGIC, flags, checksum, 1, 2, 3, 4, 5, 0, 80, 25, 0]
     }
 
     #[test]
     fn a_header_is_found_where_it_may_be() {
-        for offset in [0, 4, 8192 - 52] {
+        for offset in [0, 4, 8192 - 48] {
             let found = find(&file(offset, &header(3))).unwrap();
             assert_eq!((found.offset as usize, found.addresses), (offset, None));
         }
@@ -224,7 +219,7 @@ mod tests {
             Err(HeaderError::Cut { offset: 0 })
         );
         assert_eq!(
-            find(&file(0, &header(4)[..8])),
+            find(&file(0, &header(4)[..11])),
             Err(HeaderError::Cut { offset: 0 })
         );
         let unknown = 1 << 15 | 1 << 3;
@@ -232,9 +227,6 @@ mod tests {
             find(&file(0, &header(unknown | 3))),
             Err(HeaderError::Flags { unknown })
         );
-        let mut graphics = header(4);
-        graphics[8] = 0;
-        assert_eq!(find(&file(0, &graphics)), Err(HeaderError::Graphics));
         // The upper half of the flags is for who knows them.
         assert!(find(&file(0, &header(1 << 31 | 1 << 17))).is_ok());
     }
@@ -242,7 +234,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_file_is_a_disaster(
-            before in 0..8300usize, flags: u32, len in 0..52usize, noise in prop::collection::vec(any::<u8>(), 0..64),
+            before in 0..8300usize, flags: u32, len in 0..48usize, noise in prop::collection::vec(any::<u8>(), 0..64),
         ) {
             let mut bytes = noise;
             bytes.extend(file(before / 4 * 4, &header(flags & 0x1_0007)));

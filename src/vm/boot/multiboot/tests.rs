@@ -156,7 +156,7 @@ fn a_file_of_any_kind_goes_where_its_header_says() {
 }
 
 #[test]
-fn the_boot_information_tells_of_memory_command_line_modules_and_loader() {
+fn the_boot_information_tells_of_memory_command_line_modules_loader_and_screen() {
     let mut guest = Guest::new();
     guest.modules = [&[1u8; 5000][..], &[2; 10]]
         .map(|bytes| Module {
@@ -168,10 +168,13 @@ fn the_boot_information_tells_of_memory_command_line_modules_and_loader() {
         .load(&elf(KERNEL, &[(KERNEL, 0x40, 0x1001)]), "quiet x")
         .unwrap();
     let info = entry.rbx as u32;
-    assert_eq!(guest.u32(info), 1 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 9);
+    let told = 1 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 9 | 1 << 12;
+    assert_eq!(guest.u32(info), told);
     assert_eq!((guest.u32(info + 4), guest.u32(info + 8)), (640, 7 * 1024));
     assert_eq!(guest.text(guest.u32(info + 16)), "kernel quiet x");
     assert_eq!(guest.text(guest.u32(info + 64)), "Vireo");
+    let screen = [88, 92, 96, 100, 104, 108].map(|at| guest.u32(info + at));
+    assert_eq!(screen, [0xb_8000, 0, 160, 80, 25, 0x0210]);
     assert_eq!(guest.u32(info + 20), 2);
     let list = guest.u32(info + 24);
     for (at, start, len, byte) in [

@@ -15,8 +15,10 @@ global_asm!(
     ".pushsection .multiboot, \"a\"",
     ".balign 4",
     "multiboot_header:",
-    ".long 0x1badb002, 0x10003, -(0x1badb002 + 0x10003)",
+    ".long 0x1badb002, 0x10007, -(0x1badb002 + 0x10007)",
     ".long multiboot_header, __start, 0, __end, multiboot_entry",
+    // A linear framebuffer of 1024 by 768, if there is one.
+    ".long 0, 1024, 768, 32",
     ".popsection",
     ".pushsection .text.entry, \"ax\", @progbits",
     ".code32",
@@ -34,11 +36,19 @@ fn run() {
     let info = u64::from(INFO.get());
     let field = |offset: u64| u64::from(read32(info + offset));
     check_equal("the magic number", MAGIC.get(), 0x2bad_b002);
-    check_equal("what there is", field(0), 0b10_0100_1101);
+    check_equal("what there is", field(0), 0b1_0010_0100_1101);
     check_equal("KiB of lower memory", field(4), 640);
     check_equal("KiB of upper memory", field(8), 63 * 1024);
     check("the command line", is_text(field(16), b"multiboot a=b c"));
     check("the loader's name", is_text(field(64), b"Vireo"));
+
+    check_equal("the screen's address", read64(info + 88), 0xb_8000);
+    check_equal(
+        "its pitch, columns and rows",
+        [field(96), field(100), field(104)],
+        [160, 80, 25],
+    );
+    check_equal("16 bits, and text", field(108) & 0xffff, 0x0210);
 
     check_equal("modules", field(20), 2);
     let module = |index: u64, word: u64| u64::from(read32(field(24) + 16 * index + 4 * word));
