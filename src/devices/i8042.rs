@@ -115,9 +115,7 @@ impl I8042 {
                 self.answer(value.unwrap_or(0));
             }
             0x60..=0x7f => self.expects = Expects::Ram(command & 0x1f),
-            // The auxiliary port, which is not there, can be neither disabled nor enabled, and its
-            // clock is stuck low.
-            0xa7 | 0xa8 => {}
+            // The clock of the auxiliary port, which is not there, is stuck low.
             0xa9 => self.answer(0x01),
             0xaa => {
                 self.ram[0] |= command_byte::SYSTEM;

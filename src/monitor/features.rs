@@ -1,6 +1,5 @@
 //! What of VT-x is used on this CPU, in a few lines of the log.
 
-use crate::arch::errata;
 use crate::host::local_apic::{self, Mode};
 use crate::vmx::apic::{ApicAccess, ApicTier};
 use crate::vmx::controls::Controls;
@@ -25,7 +24,7 @@ pub fn tell(vmx: &Vmx) {
         "EPT: {}",
         Ept {
             capabilities: vmx.capabilities.ept_vpid,
-            large_code: !errata::page_sizes_stop_it(),
+            large_code: vmx.large_code,
         }
     );
     info!(

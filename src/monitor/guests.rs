@@ -9,7 +9,7 @@ use super::scheduler::{Scheduler, Task};
 use super::statistics::Exits;
 use super::{log, registry};
 use crate::addr::{Gpa, Hpa, PAGE_SIZE};
-use crate::arch::{cpu, errata};
+use crate::arch::cpu;
 use crate::devices::Clock;
 use crate::devices::chipset::ChipsetConfig;
 use crate::devices::fw_cfg::FwCfg;
@@ -293,7 +293,7 @@ impl Living {
                     capabilities: &first.vmx.capabilities,
                     address_width: width,
                     mtrrs: host_mtrrs(width),
-                    large_code: !errata::page_sizes_stop_it(),
+                    large_code: first.vmx.large_code,
                 },
             )
             .map_err(StartError::Ept)?,

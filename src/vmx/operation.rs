@@ -3,7 +3,7 @@
 use super::capability::Capabilities;
 use super::controls::{Controls, Missing};
 use crate::addr::Hpa;
-use crate::arch::msr;
+use crate::arch::{errata, msr};
 use crate::host::descriptors::CpuTables;
 use crate::host::memory::{self, frames::ALIGN_4K, paging};
 use core::fmt;
@@ -85,6 +85,8 @@ const fn feature_control(value: u64) -> FeatureControl {
 pub struct Vmx {
     pub capabilities: Capabilities,
     pub controls: Controls,
+    /// Large pages of a guest may hold code: see [`errata`](crate::arch::errata).
+    pub large_code: bool,
     /// The tables of this CPU, which it comes back to at each VM exit.
     pub tables: &'static CpuTables,
 }
@@ -129,6 +131,7 @@ pub unsafe fn start(tables: &'static CpuTables) -> Result<Vmx, Unusable> {
     Ok(Vmx {
         capabilities,
         controls,
+        large_code: !errata::page_sizes_stop_it(),
         tables,
     })
 }

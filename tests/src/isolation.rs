@@ -192,6 +192,16 @@ fn fuzzing_guests(case: &mut Case) -> Result<()> {
     Ok(())
 }
 
+/// A figure of what was measured beside a guest.
+struct Compared {
+    what: &'static str,
+    of: fn(&Round) -> [u64; 2],
+    /// TSC ticks by which it may be greater than beside an idle guest.
+    noise: u64,
+    /// The figure among those of all rounds, which are sorted.
+    rank: fn(&[u64]) -> Option<u64>,
+}
+
 /// Checks that what was measured beside each of the guests is what was measured beside the first.
 fn compare(case: &mut Case, seen: &Outcome, names: &[&str]) {
     let mut beside: BTreeMap<&str, Vec<Round>> = BTreeMap::new();
@@ -217,20 +227,27 @@ fn compare(case: &mut Case, seen: &Outcome, names: &[&str]) {
         ticks.sort_unstable();
         ticks
     };
-    for (what, of, noise, rank) in [
-        (
-            "means",
-            (|round| round.means) as fn(&Round) -> _,
-            MEANS,
-            median as fn(&[u64]) -> _,
-        ),
-        (
-            "maxima",
-            |round| round.maxima,
-            MAXIMA,
-            |sorted| sorted.last().copied(),
-        ),
-    ] {
+    let compared = [
+        Compared {
+            what: "means",
+            of: |round| round.means,
+            noise: MEANS,
+            rank: median,
+        },
+        Compared {
+            what: "maxima",
+            of: |round| round.maxima,
+            noise: MAXIMA,
+            rank: |sorted| sorted.last().copied(),
+        },
+    ];
+    for Compared {
+        what,
+        of,
+        noise,
+        rank,
+    } in compared
+    {
         let figures = |name| [0, 1].map(|index| rank(&sorted(name, of, index)).unwrap_or(u64::MAX));
         let quiet = figures(names[0]);
         for name in names {
