@@ -12,7 +12,8 @@
 //! back to real mode. Of a BIOS there are the interrupt controllers' and the timer's state, and
 //! interrupt vectors, which end at once.
 //!
-//! A kernel that wishes for a video mode gets text all the same: a wish is all that it is (3.1.4).
+//! A kernel that wishes for graphics gets text all the same: a wish is all that it is (3.1.4). It
+//! is told of no framebuffer, since some take any for one of pixels.
 //!
 //! Command lines begin with the file's name, as other loaders have it. Modules follow the
 //! kernel, each at a page of its own, whether it asks for that or not.
@@ -106,7 +107,7 @@ pub fn load(header: &Header, images: &Images, machine: &Machine) -> Result<Entry
         .chain(images.modules.iter().cloned())
         .collect();
     let modules = placement::write_modules(memory, &PLACES, &all, end..ram_end, MODULE_ENTRY)?;
-    write_info(&modules, machine)?;
+    write_info(&modules, machine, header.graphics)?;
     write_vectors(memory)?;
     Ok(EntryState {
         mode: EntryMode::Protected32,
@@ -192,7 +193,11 @@ fn write_vectors(memory: &GuestMemory) -> Result<(), OutOfSlot> {
     memory.write(at(RETURN), &IRET)
 }
 
-fn write_info(modules: &[PlacedModule], machine: &Machine) -> Result<(), OutOfSlot> {
+fn write_info(
+    modules: &[PlacedModule],
+    machine: &Machine,
+    wants_graphics: bool,
+) -> Result<(), OutOfSlot> {
     let memory = machine.memory;
     memory.fill(PARAMETERS, info::LENGTH, 0)?;
     let put = |at: Gpa, value: u32| memory.write(at, &value.to_le_bytes());
@@ -220,13 +225,10 @@ fn write_info(modules: &[PlacedModule], machine: &Machine) -> Result<(), OutOfSl
     }
     memory.write(LOADER_NAME_AT, LOADER_NAME)?;
 
-    let flags = flag::MEMORY
-        | flag::COMMAND_LINE
-        | flag::MODULES
-        | flag::MEMORY_MAP
-        | flag::LOADER_NAME
-        | flag::FRAMEBUFFER;
-    field(info::FLAGS, flags)?;
+    let flags =
+        flag::MEMORY | flag::COMMAND_LINE | flag::MODULES | flag::MEMORY_MAP | flag::LOADER_NAME;
+    let framebuffer = if wants_graphics { 0 } else { flag::FRAMEBUFFER };
+    field(info::FLAGS, flags | framebuffer)?;
     // In KiB, from 0 and from 1 MiB up.
     let below_4g = machine.map.ram_below_4g();
     field(info::MEMORY_LOWER, (LOW_RAM_END.min(below_4g) >> 10) as u32)?;
@@ -240,6 +242,9 @@ fn write_info(modules: &[PlacedModule], machine: &Machine) -> Result<(), OutOfSl
     field(info::MEMORY_MAP_LENGTH, (at.0 - MEMORY_MAP.0) as u32)?;
     field(info::MEMORY_MAP, MEMORY_MAP.0 as u32)?;
     field(info::LOADER_NAME, LOADER_NAME_AT.0 as u32)?;
+    if wants_graphics {
+        return Ok(());
+    }
 
     // Cells of 16 bits, which are text (type 2).
     let TextMode {

@@ -8,7 +8,8 @@ const MAGIC: u32 = 0x1bad_b002;
 /// Bytes up to and with the checksum, and up to and with the address fields.
 const SHORT: usize = 12;
 const WITH_ADDRESSES: usize = 32;
-/// Offset of the last field of the wanted video mode.
+/// Offsets of the wanted video mode's type, which is 0 for graphics, and of its last field.
+const VIDEO_TYPE: usize = 32;
 const VIDEO_DEPTH: usize = 44;
 
 /// Bits of the header's flags.
@@ -17,7 +18,7 @@ pub mod flag {
     pub const ALIGN_MODULES: u32 = 1 << 0;
     /// The kernel is to be told its memory.
     pub const MEMORY: u32 = 1 << 1;
-    /// There is a wish for a video mode, and the kernel is to be told the one that is set.
+    /// There is a wish for a video mode.
     pub const VIDEO: u32 = 1 << 2;
     /// The header says where the file belongs.
     pub const ADDRESSES: u32 = 1 << 16;
@@ -32,6 +33,8 @@ pub struct Header {
     pub offset: u32,
     /// Its place in memory and that of all else, where it gives one.
     pub addresses: Option<Addresses>,
+    /// It wishes for a graphics mode.
+    pub graphics: bool,
 }
 
 /// The address fields: physical addresses, all of them.
@@ -128,9 +131,10 @@ fn read(rest: &[u8], offset: u32, flags: u32) -> Result<Header, HeaderError> {
         return Err(HeaderError::Flags { unknown });
     }
     let cut = HeaderError::Cut { offset };
-    if flags & VIDEO != 0 && word(rest, VIDEO_DEPTH).is_none() {
-        return Err(cut);
-    }
+    let graphics = flags & VIDEO != 0 && {
+        word(rest, VIDEO_DEPTH).ok_or(cut)?;
+        word(rest, VIDEO_TYPE) == Some(0)
+    };
     let addresses = if flags & ADDRESSES == 0 {
         None
     } else if rest.len() < WITH_ADDRESSES {
@@ -145,7 +149,11 @@ fn read(rest: &[u8], offset: u32, flags: u32) -> Result<Header, HeaderError> {
             entry: field(4)?,
         })
     };
-    Ok(Header { offset, addresses })
+    Ok(Header {
+        offset,
+        addresses,
+        graphics,
+    })
 }
 
 fn word(bytes: &[u8], offset: usize) -> Option<u32> {
@@ -227,6 +235,11 @@ mod tests {
             find(&file(0, &header(unknown | 3))),
             Err(HeaderError::Flags { unknown })
         );
+        assert!(find(&file(0, &header(4))).unwrap().graphics);
+        let mut text = header(4);
+        text[8] = 1;
+        assert!(!find(&file(0, &text)).unwrap().graphics);
+        assert!(!find(&file(0, &header(3))).unwrap().graphics);
         // The upper half of the flags is for who knows them.
         assert!(find(&file(0, &header(1 << 31 | 1 << 17))).is_ok());
     }

@@ -207,6 +207,19 @@ fn the_boot_information_tells_of_memory_command_line_modules_loader_and_screen()
 }
 
 #[test]
+fn who_wishes_for_graphics_is_told_of_no_screen() {
+    let mut guest = Guest::new();
+    let [addresses @ .., entry] = PLACED;
+    let mut file = vec![0xcc; 16];
+    file.extend(header(1 << 16 | 1 << 2, &addresses));
+    file.extend(words(&[entry, 0, 1024, 768, 32]));
+    file.resize(256, 0xcd);
+    let info = guest.load(&file, "").unwrap().rbx as u32;
+    assert_eq!(guest.u32(info) & 1 << 12, 0);
+    assert!((88..112).step_by(4).all(|at| guest.u32(info + at) == 0));
+}
+
+#[test]
 fn interrupts_in_real_mode_end_at_once() {
     let mut guest = Guest::new();
     let entry = guest.load(&flat(PLACED), "").unwrap();

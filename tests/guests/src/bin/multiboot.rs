@@ -17,8 +17,8 @@ global_asm!(
     "multiboot_header:",
     ".long 0x1badb002, 0x10007, -(0x1badb002 + 0x10007)",
     ".long multiboot_header, __start, 0, __end, multiboot_entry",
-    // A linear framebuffer of 1024 by 768, if there is one.
-    ".long 0, 1024, 768, 32",
+    // Text.
+    ".long 1, 80, 25, 0",
     ".popsection",
     ".pushsection .text.entry, \"ax\", @progbits",
     ".code32",
