@@ -42,6 +42,8 @@ pub mod key {
     pub const DIRECTORY: u16 = 0x19;
     /// The first file; each has the next.
     pub const FIRST_FILE: u16 = 0x20;
+    /// Whether IRQ 0 is at the I/O APIC's pin 2; for SeaBIOS' tables.
+    pub const IRQ0_OVERRIDE: u16 = 0x8002;
     /// A guest may set this bit, which has no meaning any more.
     pub(super) const WRITE: u16 = 0x4000;
 }

@@ -104,6 +104,8 @@ pub const ACPI_DISABLE: u8 = 0xf0;
 pub const S3_SLEEP_TYPE: u8 = 1;
 /// SLP_TYP of soft-off, for the `\_S5` package.
 pub const S5_SLEEP_TYPE: u8 = 5;
+/// That of the PIIX4, which kernels and firmware for QEMU's PC use without looking.
+pub const PIIX4_OFF_SLEEP_TYPE: u8 = 0;
 
 /// Where the local APICs' registers are after a reset.
 pub const LOCAL_APIC_BASE: u64 = 0xfee0_0000;

@@ -160,7 +160,7 @@ impl PowerManagement {
         let sleep_type = (self.control & control::SLEEP_TYPE) >> control::SLEEP_TYPE_SHIFT;
         let sleep = value & control::SLEEP_ENABLE != 0;
         let request = match u8::try_from(sleep_type) {
-            Ok(pc::S5_SLEEP_TYPE) => Request::PowerOff,
+            Ok(pc::S5_SLEEP_TYPE | pc::PIIX4_OFF_SLEEP_TYPE) => Request::PowerOff,
             Ok(pc::S3_SLEEP_TYPE) => Request::Suspend,
             _ => return None,
         };
@@ -252,6 +252,10 @@ mod tests {
             Some(Request::PowerOff)
         );
         assert_eq!(pm.read(now, 4, Width::Word) & 1 << 13, 0);
+        assert_eq!(
+            pm.write(now, 4, Width::Word, 1 << 13),
+            Some(Request::PowerOff)
+        );
         // Other sleep types are none.
         assert_eq!(pm.write(now, 4, Width::Word, 2 << 10 | 1 << 13), None);
     }

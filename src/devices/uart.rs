@@ -118,7 +118,8 @@ impl Uart {
             modem_control: 0,
             modem_status: msr::CTS | msr::DSR | msr::DCD,
             scratch: 0,
-            divisor: 0,
+            // As firmware leaves it.
+            divisor: 1,
             receiver: Fifo::default(),
             last_received: 0,
             overrun: false,
@@ -131,7 +132,8 @@ impl Uart {
         }
     }
 
-    /// The interrupt output, behind the gate that OUT2 is on a PC.
+    /// The interrupt output. The gate that OUT2 is on a PC is always open: kernels that have only seen
+    /// emulators do not open it.
     #[inline]
     pub fn line(&mut self) -> &mut Line {
         &mut self.line
@@ -273,7 +275,6 @@ impl Uart {
     }
 
     fn restart_timeout(&mut self, now: Ticks) {
-        self.timed_out = false;
         self.timeout = (self.has_fifos() && !self.receiver.is_empty())
             .then(|| Ticks(now.0.saturating_add(self.four_characters().max(1))));
     }
@@ -295,6 +296,7 @@ impl Uart {
     fn take_received(&mut self, now: Ticks) -> u8 {
         if let Some(byte) = self.receiver.pop() {
             self.last_received = byte;
+            self.timed_out = false;
             self.restart_timeout(now);
             self.update();
         }
@@ -429,9 +431,8 @@ impl Uart {
     }
 
     fn update(&mut self) {
-        // In loop-back the modem outputs are inactive at the pins, OUT2 too.
-        let connected = self.modem_control & (mcr::OUT2 | mcr::LOOPBACK) == mcr::OUT2;
-        self.line.set(connected && self.source() != iir::NONE);
+        self.line
+            .set(!self.loops_back() && self.source() != iir::NONE);
     }
 }
 

@@ -122,8 +122,6 @@ pub struct Direct {
 pub struct Options {
     /// The host's IA32_BIOS_SIGN_ID, with the microcode revision in the upper half.
     pub bios_sign_id: u64,
-    /// The guest's time-stamp counter, in kHz.
-    pub tsc_khz: u32,
     /// See [`cpuid::Options::fast_strings`].
     pub fast_strings: bool,
 }
@@ -252,8 +250,9 @@ impl Msrs {
             0x0 | 0x1 | 0x17 | 0x2a => Some(0),
             FEATURE_CONTROL => Some(FEATURE_CONTROL_LOCKED),
             BIOS_SIGN_ID => Some(self.options.bios_sign_id),
-            // Maximum non-turbo ratio, in units of 100 MHz; nothing programmable.
-            PLATFORM_INFO => Some(u64::from((self.options.tsc_khz / 100_000) & 0xff) << 8),
+            // No ratio of the TSC to a bus clock, whose frequency is another with each model: who
+            // finds none measures, or asks CPUID.
+            PLATFORM_INFO => Some(0),
             // No machine-check banks.
             MCG_CAP | MCG_STATUS => Some(0),
             MISC_ENABLE => Some(self.misc_enable),

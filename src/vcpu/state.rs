@@ -157,7 +157,6 @@ impl Vcpu {
             &table,
             msr::Options {
                 bios_sign_id: try_read(BIOS_SIGN_ID).unwrap_or(0),
-                tsc_khz,
                 fast_strings,
             },
         );

@@ -45,6 +45,7 @@ pub fn describe(map: &MemoryMap, vcpus: u32, kernel: Option<&Kernel>) -> FwCfg {
     let mut told = FwCfg::default();
     let ram = map.ram_below_4g() + map.ram_above_4g();
     told.add(key::RAM_SIZE, ram.to_le_bytes().to_vec());
+    told.add(key::IRQ0_OVERRIDE, [1].to_vec());
     told.add(key::NO_GRAPHICS, 1u16.to_le_bytes().to_vec());
     for key in [key::CPUS, key::MAX_CPUS] {
         told.add(key, (vcpus as u16).to_le_bytes().to_vec());
@@ -321,6 +322,7 @@ mod tests {
         );
         assert_eq!(item(&mut told, key::INITRD_DATA, 6), b"initrd");
         assert_eq!(item(&mut told, key::CMDLINE_DATA, 6), b"quiet\0");
+        assert_eq!(item(&mut told, key::IRQ0_OVERRIDE, 1), [1]);
         // A BIOS boots it first.
         let files = files(&mut told);
         let file = |name: &str| &files.iter().find(|file| file.0 == name).unwrap().1;

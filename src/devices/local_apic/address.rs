@@ -57,13 +57,13 @@ impl Address {
             return false;
         };
         let own = self.logical;
-        match u32::from(self.model) {
+        let is_in = match u32::from(self.model) {
             registers::DFR_FLAT => address & own != 0,
-            registers::DFR_CLUSTER => {
-                address == 0xff || address >> 4 == own >> 4 && address & own & 0xf != 0
-            }
-            _ => false,
-        }
+            registers::DFR_CLUSTER => address >> 4 == own >> 4 && address & own & 0xf != 0,
+            _ => return false,
+        };
+        // All ones are for everybody, with a logical identifier or without.
+        is_in || address == 0xff
     }
 
     /// All of it but the x2APIC identifier, which never changes, in one word.

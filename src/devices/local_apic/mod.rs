@@ -33,6 +33,7 @@ mod timer;
 pub use address::Address;
 pub use icr::Command;
 pub use page::{ApicPage, register};
+pub use registers::LEAST_VECTOR;
 pub use timer::input_hz;
 #[cfg(test)]
 pub use timer::{APIC_TIMER_HZ, MIN_PERIOD};

@@ -209,13 +209,33 @@ fn priorities_are_line_status_data_empty_modem() {
 }
 
 #[test]
-fn the_interrupt_passes_the_gate_only_with_out2() {
+fn the_interrupt_needs_no_out2() {
     let mut uart = opened(0x02);
-    assert!(uart.line().level());
-    uart.write(NOW, 4, 0x03);
-    assert!(!uart.line().level());
-    uart.write(NOW, 4, 0x0b);
-    assert!(uart.line().level());
+    for (modem_control, level) in [(0x03, true), (0x1b, false), (0x0b, true)] {
+        uart.write(NOW, 4, modem_control);
+        assert_eq!(uart.line().level(), level);
+    }
+}
+
+#[test]
+fn a_receiver_that_has_timed_out_has_until_it_is_read() {
+    let mut uart = opened(0x01);
+    uart.write(NOW, 2, 0xc1);
+    uart.receive(NOW, b'a');
+    let late = Ticks(u64::MAX / 2);
+    uart.advance(late);
+    assert_eq!(uart.read(late, 2), 0xcc);
+    uart.receive(late, b'b');
+    assert_eq!(uart.read(late, 2), 0xcc);
+    uart.read(late, 0);
+    assert_eq!(uart.read(late, 2), 0xc1);
+}
+
+#[test]
+fn the_line_is_as_fast_as_firmware_leaves_it() {
+    let mut uart = uart();
+    uart.write(NOW, 3, 0x80);
+    assert_eq!((uart.read(NOW, 0), uart.read(NOW, 1)), (1, 0));
 }
 
 #[test]
