@@ -86,7 +86,11 @@ impl Vcpu {
     ) -> Result<(), Exception> {
         match access {
             ControlRegisterAccess::Write { register, source } => {
-                let value = self.general(registers, source);
+                let mut value = self.general(registers, source);
+                if value >> 32 != 0 && !self.is_64_bit() {
+                    // There the register has 32 bits.
+                    value &= 0xffff_ffff;
+                }
                 match register {
                     0 => self.write_cr0(value)?,
                     3 => self.write_cr3(value)?,

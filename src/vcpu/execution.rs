@@ -107,6 +107,11 @@ impl Vcpu {
         self.read_segment(&fields(segment))
     }
 
+    #[cold]
+    pub(super) fn segment_base(&self, segment: Segment) -> u64 {
+        self.vmcs.read(fields(segment).base)
+    }
+
     pub(super) fn set_segment(&mut self, segment: Segment, register: SegmentRegister) {
         self.write_segment(&fields(segment), register);
     }

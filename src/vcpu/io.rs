@@ -119,6 +119,7 @@ impl Vcpu {
             }
         }
         if access.repeated && registers.rcx & mask != 0 {
+            self.end_shadow(false);
             self.trap_single_step_of(rflags);
         } else {
             self.skip_instruction();

@@ -2,7 +2,7 @@
 //! finds in its [mailbox](crate::vm::mailbox).
 
 use super::{Activity, Attention, Leave, Vcpu};
-use crate::devices::local_apic::Event;
+use crate::devices::local_apic::{Event, LEAST_VECTOR};
 use crate::devices::{DeliveryMode, Destination, Message, Ticks, Trigger};
 use crate::vm::acpi;
 use crate::vm::boot::EntryState;
@@ -72,13 +72,20 @@ impl Vcpu {
     }
 
     pub(super) fn deliver_to(&mut self, id: u32, message: Message) {
-        if id == self.id && message.mode != DeliveryMode::Init {
+        if id == self.id {
             return self.accept(message);
         }
         let mailbox = self.vm.mailbox(id);
         let events = match message.mode {
             DeliveryMode::Fixed | DeliveryMode::LowestPriority => {
-                mailbox.request(message.vector, message.trigger == Trigger::Level)
+                if !mailbox.address().is_enabled() {
+                    // A CPU that processes posted interrupts would not ask (SDM 3, 12.4.7.2).
+                    return;
+                }
+                // Nor would it refuse a vector that is none.
+                let illegal = message.vector < LEAST_VECTOR;
+                let level = illegal || message.trigger == Trigger::Level;
+                mailbox.request(message.vector, level)
             }
             DeliveryMode::Nmi => mailbox.request_nmi(),
             DeliveryMode::ExtInt => Events::EXTINT,
@@ -110,7 +117,9 @@ impl Vcpu {
         self.attend_to(Attention::EVENTS);
         if message.mode == DeliveryMode::Init {
             if message.assert {
-                self.mailbox().post(Events::INIT);
+                self.mailbox()
+                    .post_from(self.mailbox().place(), Events::INIT);
+                self.leave_for(Leave::Mail);
             }
             return;
         }

@@ -1,6 +1,8 @@
 //! EPT violations: memory that is mapped on first use, and device registers in memory.
 
-use super::emulate::{Arithmetic, Decoded, EmulateError, Mode, Move, Progress, Registers};
+use super::emulate::{
+    Alignment, Arithmetic, Decoded, EmulateError, Mode, Move, Progress, Registers,
+};
 use super::events::{Exception, RFLAGS_RF};
 use super::execution::{Execution, Known};
 use super::known_code::Context;
@@ -65,8 +67,23 @@ impl Vcpu {
     /// [`Vcpu::device_access`] would find.
     #[inline(always)]
     pub(super) fn known_move(&self, registers: &GeneralRegisters) -> Option<&Move> {
-        let plan = self.known.find_move(&self.vm.memory, self.context())?;
-        plan.is_aligned(registers).then_some(plan)
+        let context = self.context();
+        let plan = self.known.find_move(&self.vm.memory, context)?;
+        self.is_aligned(plan.alignment, plan.width, context, registers)
+            .then_some(plan)
+    }
+
+    /// Whether one access reaches all of an operand of this width.
+    #[inline(always)]
+    fn is_aligned(
+        &self,
+        alignment: Alignment,
+        width: Width,
+        context: Context,
+        registers: &GeneralRegisters,
+    ) -> bool {
+        let base_is_aligned = || self.segment_base(alignment.segment) & (width.bytes() - 1) == 0;
+        alignment.is_given(registers) && (Rights(context.rights).is_long() || base_is_aligned())
     }
 
     #[inline(always)]
@@ -95,16 +112,19 @@ impl Vcpu {
     /// false where it is not, and nothing is done.
     #[inline(never)]
     pub(super) fn known_arithmetic(&mut self, gpa: Gpa, registers: &mut GeneralRegisters) -> bool {
+        let context = self.context();
         let known = self
             .known
-            .find_arithmetic(&self.vm.memory, self.context())
+            .find_arithmetic(&self.vm.memory, context)
             .copied();
         let Some(plan) = known else {
             return false;
         };
         // A page that the guest may not write is not written.
         let is_read = || !EptViolation::is_write(&self.vmcs);
-        if !plan.is_aligned(registers) || plan.stores && is_read() {
+        if !self.is_aligned(plan.alignment, plan.width, context, registers)
+            || plan.stores && is_read()
+        {
             return false;
         }
         if plan.locked {
@@ -197,6 +217,8 @@ impl Vcpu {
                 state.rflags &= !RFLAGS_RF;
             }
             self.vmcs.write(guest::RIP, state.rip);
+        }
+        if result.is_ok() {
             self.end_shadow(shadow);
         }
         if state.rflags != before.1 {

@@ -135,8 +135,9 @@ impl Vcpu {
             return true;
         }
         self.apic.advance(due);
-        self.inject();
+        // Before the injection: it may look at mail.
         self.set_timer(now);
+        self.inject();
         let started = self.vm.started;
         self.timer
             .lead

@@ -317,7 +317,10 @@ impl Vm {
     /// When there is no slot that allows the access, or no frame for a table.
     pub fn map_page(&self, gpa: Gpa, write: bool, execute: bool) -> Result<(), Unmapped> {
         let mut ept = self.ept.lock();
-        let page = self.page(&ept, gpa, write).ok_or(Unmapped::NoSlot)?;
+        // What has been divided stays so: to replace its table all CPUs would have to forget it.
+        let page = self
+            .page(&ept, gpa, write, |size| !ept.is_divided(gpa, size))
+            .ok_or(Unmapped::NoSlot)?;
         let mapped = ept.translate(gpa).map(|found| found.permissions);
         // Another vCPU may have done it meanwhile.
         let wanted = if execute {
@@ -340,7 +343,8 @@ impl Vm {
                 page.memory_type,
             );
         }
-        if done.is_ok() && execute && !page.permissions.contains(Permissions::EXECUTE) {
+        let now = mapped.unwrap_or(page.permissions);
+        if done.is_ok() && execute && !now.contains(Permissions::EXECUTE) {
             done = ept.protect_small(gpa, page.permissions | Permissions::EXECUTE);
         }
         done.map(|_| ()).map_err(Unmapped::Ept)
@@ -364,7 +368,7 @@ impl Vm {
     #[inline(never)]
     pub fn fill_page(&self, gpa: Gpa, write: bool) -> bool {
         let mut ept = self.ept.lock();
-        self.page(&ept, gpa, write).is_some_and(|page| {
+        self.page(&ept, gpa, write, |_| true).is_some_and(|page| {
             ept.fill(
                 page.gpa,
                 page.hpa,
@@ -375,9 +379,15 @@ impl Vm {
         })
     }
 
-    /// The largest page around `gpa`; `None` where no slot allows the access.
+    /// The largest page around `gpa` that `fits`; `None` where no slot allows the access.
     #[inline(always)]
-    fn page(&self, ept: &Ept<HostFrames>, gpa: Gpa, write: bool) -> Option<Page> {
+    fn page(
+        &self,
+        ept: &Ept<HostFrames>,
+        gpa: Gpa,
+        write: bool,
+        fits: impl Fn(PageSize) -> bool,
+    ) -> Option<Page> {
         let slot = self.memory.slots().find(gpa)?;
         let permissions = match slot.kind {
             SlotKind::Ram => Permissions::all(),
@@ -386,7 +396,7 @@ impl Vm {
         };
         PageSize::LARGEST_FIRST.into_iter().find_map(|size| {
             let (gpa, hpa) = slot.page(gpa, size.bytes())?;
-            if !ept.has_pages_of(size) {
+            if !ept.has_pages_of(size) || !fits(size) {
                 return None;
             }
             let memory_type = self

@@ -393,6 +393,20 @@ impl<M: TableMemory> Ept<M> {
         ))
     }
 
+    /// Whether there are tables for smaller pages in the page of `size` around `gpa`.
+    #[inline]
+    pub fn is_divided(&self, gpa: Gpa, size: PageSize) -> bool {
+        let pdpt = self.root.entry_for(gpa).read(&self.memory).table();
+        let pd = pdpt.and_then(|pdpt| pdpt.entry_for(gpa).read(&self.memory).table());
+        match size {
+            PageSize::Size1G => pd.is_some(),
+            PageSize::Size2M => {
+                pd.is_some_and(|pd| pd.entry_for(gpa).read(&self.memory).table().is_some())
+            }
+            PageSize::Size4K => false,
+        }
+    }
+
     /// What `gpa` is mapped to, as a CPU would find it.
     pub fn translate(&self, gpa: Gpa) -> Option<Translation> {
         if gpa.0 >= GUEST_LIMIT {

@@ -395,7 +395,7 @@ fn test_device(case: &mut Case) -> Result<()> {
         .lines()
         .filter(|line| line.trim_end().ends_with(": ok"))
         .count();
-    case.check_equal("all checks pass", passed, 14);
+    case.check_equal("all checks pass", passed, 15);
     let flood: String = (0..12_000u32)
         .map(|number| char::from(b'a' + (number % 26) as u8))
         .collect();

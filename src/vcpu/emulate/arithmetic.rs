@@ -2,7 +2,7 @@
 //! no plain moves, mostly, worked out when the instruction is decoded.
 
 use super::alu::{Binary, Unary};
-use super::moves::alignment;
+use super::moves::Alignment;
 use super::operand::Gpr;
 use crate::arch::registers::GeneralRegisters;
 use crate::devices::Width;
@@ -26,10 +26,7 @@ pub struct Arithmetic {
     /// The other one, where it is no immediate.
     register: Option<Gpr>,
     immediate: u64,
-    /// The register that tells whether the address is aligned.
-    base: u8,
-    /// Its bits that must be 0.
-    alignment: u8,
+    pub alignment: Alignment,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,7 +95,7 @@ impl Arithmetic {
         if register.is_some_and(|gpr| gpr.index == Gpr::RSP) {
             return None;
         }
-        let (base, alignment) = alignment(instruction, width)?;
+        let alignment = Alignment::of(instruction, width)?;
         Some(Self {
             operation,
             width,
@@ -108,14 +105,8 @@ impl Arithmetic {
             device_first,
             register,
             immediate,
-            base,
-            alignment: alignment as u8,
+            alignment,
         })
-    }
-
-    /// Whether the operand is where one access reaches all of it.
-    pub fn is_aligned(&self, registers: &GeneralRegisters) -> bool {
-        registers.get(self.base) as u8 & self.alignment == 0
     }
 
     /// Computes it with what was read from the device; a result that is a register's is there

@@ -45,7 +45,7 @@ use crate::arch::registers::GeneralRegisters;
 pub use arithmetic::Arithmetic;
 use fpu::Escape;
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
-pub use moves::Move;
+pub use moves::{Alignment, Move};
 
 /// The code segment's size: CS.L and CS.D.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,9 +1,10 @@
 //! Plain moves between a device and a register, or from an immediate: what nearly
 //! every access to a device is, worked out when the instruction is decoded.
 
-use super::operand::Gpr;
+use super::operand::{Gpr, segment};
 use crate::arch::registers::GeneralRegisters;
 use crate::devices::Width;
+use crate::vcpu::segmentation::Segment;
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 /// MOV between a device and a general register other than RSP, MOVZX from a device, or
@@ -23,33 +24,60 @@ pub struct Move {
     /// Bits of the register that are not moved: a load leaves them alone.
     kept: u64,
     immediate: u64,
-    /// The register that tells.
-    base: u8,
-    /// Its bits that must be 0.
-    alignment: u64,
+    pub alignment: Alignment,
 }
 
-/// The register on which it depends whether the operand of `width` is aligned, and its
-/// bits that must be 0; `None` where it depends on more.
-pub(super) fn alignment(instruction: &Instruction, width: Width) -> Option<(u8, u64)> {
-    let mask = width.bytes() - 1;
-    if matches!(instruction.segment_prefix(), Register::FS | Register::GS)
-        || instruction.memory_displacement64() & mask != 0
-    {
-        return None;
+/// On what it depends whether an operand is aligned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Alignment {
+    /// The register that tells.
+    register: u8,
+    /// Its bits that must be 0.
+    mask: u8,
+    /// The operand's segment, whose base must be aligned too; in 64-bit code it is.
+    pub segment: Segment,
+}
+
+impl Alignment {
+    /// That of the operand of `width`; `None` where it depends on more.
+    pub(super) fn of(instruction: &Instruction, width: Width) -> Option<Self> {
+        let mask = width.bytes() - 1;
+        if matches!(instruction.segment_prefix(), Register::FS | Register::GS)
+            || instruction.memory_displacement64() & mask != 0
+        {
+            return None;
+        }
+        let segment = segment(instruction.memory_segment()).ok()?;
+        let always = Self {
+            register: 0,
+            mask: 0,
+            segment,
+        };
+        let scale = u64::from(instruction.memory_index_scale());
+        let (base, index) = (instruction.memory_base(), instruction.memory_index());
+        let register = match (base, index) {
+            (Register::None | Register::RIP | Register::EIP, Register::None) => {
+                return Some(always);
+            }
+            (Register::None, _) if scale & mask == 0 => return Some(always),
+            (Register::None, index) if scale == 1 => index,
+            (base, Register::None) => base,
+            (base, _) if scale & mask == 0 => base,
+            _ => return None,
+        };
+        let gpr = Gpr::new(register)?;
+        (gpr.index != Gpr::RSP).then_some(Self {
+            register: gpr.index,
+            mask: mask as u8,
+            segment,
+        })
     }
-    let scale = u64::from(instruction.memory_index_scale());
-    let (base, index) = (instruction.memory_base(), instruction.memory_index());
-    let register = match (base, index) {
-        (Register::None | Register::RIP | Register::EIP, Register::None) => return Some((0, 0)),
-        (Register::None, _) if scale & mask == 0 => return Some((0, 0)),
-        (Register::None, index) if scale == 1 => index,
-        (base, Register::None) => base,
-        (base, _) if scale & mask == 0 => base,
-        _ => return None,
-    };
-    let gpr = Gpr::new(register)?;
-    (gpr.index != Gpr::RSP).then_some((gpr.index, mask))
+
+    /// Whether the operand is where one access reaches all of it, if its segment's base is aligned.
+    #[inline(always)]
+    pub fn is_given(self, registers: &GeneralRegisters) -> bool {
+        registers.get(self.register) as u8 & self.mask == 0
+    }
 }
 
 impl Move {
@@ -86,7 +114,7 @@ impl Move {
                 }
                 _ => return None,
             };
-        let (base, alignment) = alignment(instruction, width)?;
+        let alignment = Alignment::of(instruction, width)?;
         (gpr.index != Gpr::RSP).then_some(Self {
             store,
             width,
@@ -95,15 +123,8 @@ impl Move {
             shift: if gpr.high { 8 } else { 0 },
             kept,
             immediate,
-            base,
             alignment,
         })
-    }
-
-    /// Whether the operand is where one access reaches all of it.
-    #[inline(always)]
-    pub fn is_aligned(&self, registers: &GeneralRegisters) -> bool {
-        registers.get(self.base) & self.alignment == 0
     }
 
     /// What a store writes, in its width.

@@ -628,7 +628,7 @@ fn plain_moves_do_the_same() {
             panic!("{code:x?}");
         };
         assert_eq!((store, bytes as u64), (short.store, short.width.bytes()));
-        if short.is_aligned(&before) {
+        if short.alignment.is_given(&before) {
             assert_eq!(at & (bytes as u64 - 1), 0, "{code:x?}");
             aligned += 1;
         }
@@ -688,7 +688,7 @@ fn arithmetic_is_what_the_instruction_does() {
         assert_eq!(registers.rip, RIP + u64::from(plan.length));
         let &(_, at, bytes) = ram.log.first().unwrap();
         assert_eq!(bytes as u64, plan.width.bytes());
-        if plan.is_aligned(&before) {
+        if plan.alignment.is_given(&before) {
             assert_eq!(at & (bytes as u64 - 1), 0, "{code:x?}");
             aligned += 1;
         }

@@ -207,6 +207,11 @@ impl Mode {
         self.sends("to others", 0, fixed | entry::TO_OTHERS, all & !1);
         self.sends("to itself", 0, fixed | entry::TO_SELF, 1);
         self.sends("to nobody", NOBODY, fixed, 0);
+        processors::run(1, || apic::write_unchecked(register::SVR, 0xff));
+        self.sends("to one that is disabled", 1, fixed, 0);
+        processors::run(1, || {
+            apic::write_unchecked(register::SVR, apic::SVR_ENABLED)
+        });
         reset();
         apic::send(everybody, fixed | entry::LOWEST_PRIORITY);
         let total = || (0..self.count).map(hits).sum::<u32>();
@@ -518,12 +523,21 @@ fn stopping(count: u32) {
     for id in 1..count {
         processors::init(id);
         // It is under way for a moment.
-        time::spin(time::microseconds(300));
+        time::spin(time::microseconds(3000));
         check(
             "INIT stops a CPU",
             !processors::runs(id) && !processors::run(id, || ()),
         );
         check("and it starts again", processors::start(id));
     }
+    static WENT_ON: AtomicBool = AtomicBool::new(false);
+    processors::give(1, || {
+        apic::send(apic::own_id(), entry::INIT | entry::LEVEL_ASSERT);
+        time::spin(time::microseconds(300));
+        WENT_ON.store(true, SeqCst);
+    });
+    time::spin(time::microseconds(3000));
+    check("INIT to itself stops a CPU", !WENT_ON.load(SeqCst));
+    check("and it starts again", processors::start(1));
     everywhere(count, cpu::disable_interrupts);
 }

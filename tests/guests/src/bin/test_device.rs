@@ -65,6 +65,14 @@ fn unmapped() {
         read64(place),
         0x0123_4567_89ab_cdef,
     );
+    // More often than page tables can wait to be freed.
+    let stays = (0..100).all(|number| {
+        let page = place + (number % 8) * 0x1000;
+        out32(UNMAP, page as u32);
+        write64(page, number);
+        read64(page) == number
+    });
+    check("pages that were unmapped a hundred times", stays);
     let code = run as *const () as u64;
     out32(UNMAP, code as u32);
     check_equal("code that was unmapped", execute!("nop"), None);

@@ -38,6 +38,7 @@ fn run() {
     system();
     steps();
     compatibility();
+    upper_half_of_a_control_register();
     returns::run();
     breakpoints::run();
 }
@@ -552,4 +553,32 @@ fn compatibility() {
     );
     check_equal("32-bit code", (low, high), (0x1122_3345, 0x3300_0000));
     check_equal("what the device has", read32(DEVICE + 4), 0x3300_0000);
+}
+
+/// 32-bit code has 32 bits of a register, whatever 64-bit code has left in the others.
+fn upper_half_of_a_control_register() {
+    const PGE: u64 = 1 << 7;
+    let (mut before, mut after) = (0u64, 0u64);
+    execute!(
+        "mov r8, cr4",
+        "mov rax, 0x123400000080",
+        "xor rax, r8",
+        "push 0x18",
+        "lea rsi, [rip + 2f]",
+        "push rsi",
+        "lea rsi, [rip + 4f]",
+        "retfq",
+        ".code32",
+        "2: mov cr4, eax",
+        "push 0x08",
+        "push esi",
+        "retf",
+        ".code64",
+        "4: mov rax, cr4",
+        "mov cr4, r8",
+        out("rsi") _,
+        out("rax") after,
+        out("r8") before,
+    );
+    check_equal("CR4 written by 32-bit code", after, before ^ PGE);
 }
