@@ -190,16 +190,17 @@ pub enum Beginning {
     Trap,
 }
 
-/// Switches `task` to the one whose TSS `selector` selects.
+/// Leaves `task` for the one whose TSS `selector` selects: stores its registers, and which of the two
+/// is busy.
 ///
 /// # Errors
-/// The exception, in the old task where `task` is as it was (its TR is), else in the new one.
-pub fn switch(
-    task: &mut Task,
+/// The exception, in this task.
+pub fn leave(
+    task: &Task,
     machine: &mut impl TaskMachine,
     selector: u16,
     source: Source,
-) -> Result<Beginning, Exception> {
+) -> Result<Entering, Exception> {
     // The CPU has checked all this, but the table may have changed meanwhile.
     let fault = match source {
         Source::Iret => SegmentFault::InvalidTss,
@@ -223,18 +224,17 @@ pub fn switch(
     let mut bytes = [0; WIDE_LAYOUT.size];
     let part = bytes.get_mut(..new.size).unwrap_or_default();
     machine.load_system(base, part)?;
-    let mut image = new.parse(part);
 
-    // The old task's registers, and which of the two is busy: all that is written, before
-    // anything else has changed. A task that is left for good is not nested any more.
+    // All that is written, before anything else has changed. A task that is left for good is not
+    // nested any more.
     let mut stored = *task;
     if source == Source::Iret {
         stored.rflags &= !RFLAGS_NT;
     }
-    let mut bytes = [0; 64];
-    let count = old.store(&stored, &mut bytes);
+    let mut store = [0; 64];
+    let count = old.store(&stored, &mut store);
     let at = task.tr.base.wrapping_add(old.stored.start as u64);
-    machine.store_system(at, bytes.get(..count).unwrap_or_default())?;
+    machine.store_system(at, store.get(..count).unwrap_or_default())?;
     if source.nests() {
         machine.store_system(base, &task.tr.selector.to_le_bytes())?;
     } else {
@@ -244,37 +244,70 @@ pub fn switch(
         let [.., byte, _, _] = (descriptor.0 | BUSY_IN_DESCRIPTOR).to_le_bytes();
         machine.store_system(address.wrapping_add(5), &[byte])?;
     }
-
-    // From here on it is the new task.
-    if source.nests() {
-        image.rflags |= RFLAGS_NT as u32;
+    if base == task.tr.base {
+        // A task that comes back to itself finds what it has just stored.
+        machine.load_system(base, part)?;
     }
     let mut tr = descriptor.register(selector);
     tr.rights.0 |= BUSY;
-    task.tr = tr;
-    task.cr0 |= CR0_TS;
-    task.dr7 &= !DR7_LOCAL;
-    task.rip = image.rip.into();
-    task.rflags = u64::from(image.rflags) & RFLAGS_DEFINED | RFLAGS_FIXED;
-    let narrow = new.field == 2;
-    for (index, value) in (0..).zip(image.general) {
-        // The upper halves of what 16 bits load are undefined.
-        task.general.set(index, value.into());
-    }
-    if narrow {
-        task.rflags &= 0xffff;
-    } else if task.cr0 & CR0_PG != 0 {
-        machine.set_cr3(image.cr3);
-    }
-    load_segments(task, machine, &image)?;
-    if let Source::Gate(Some(error_code)) = source {
-        push(task, machine, error_code, new.field)?;
-    }
-    Ok(if image.trap {
-        Beginning::Trap
-    } else {
-        Beginning::Plain
+    Ok(Entering {
+        image: new.parse(part),
+        tr,
+        source,
     })
+}
+
+/// The old task is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entering {
+    image: Image,
+    tr: SegmentRegister,
+    source: Source,
+}
+
+impl Entering {
+    /// Makes `task` the new one.
+    ///
+    /// # Errors
+    /// The exception, in the new task.
+    pub fn enter(
+        self,
+        task: &mut Task,
+        machine: &mut impl TaskMachine,
+    ) -> Result<Beginning, Exception> {
+        let Self {
+            mut image,
+            tr,
+            source,
+        } = self;
+        if source.nests() {
+            image.rflags |= RFLAGS_NT as u32;
+        }
+        task.tr = tr;
+        task.cr0 |= CR0_TS;
+        task.dr7 &= !DR7_LOCAL;
+        task.rip = image.rip.into();
+        task.rflags = u64::from(image.rflags) & RFLAGS_DEFINED | RFLAGS_FIXED;
+        let field = layout(tr.rights).field;
+        for (index, value) in (0..).zip(image.general) {
+            // The upper halves of what 16 bits load are undefined.
+            task.general.set(index, value.into());
+        }
+        if field == 2 {
+            task.rflags &= 0xffff;
+        } else if task.cr0 & CR0_PG != 0 {
+            machine.set_cr3(image.cr3);
+        }
+        load_segments(task, machine, &image)?;
+        if let Source::Gate(Some(error_code)) = source {
+            push(task, machine, error_code, field)?;
+        }
+        Ok(if image.trap {
+            Beginning::Trap
+        } else {
+            Beginning::Plain
+        })
+    }
 }
 
 /// Marks the TSS of `selector` as available.

@@ -152,6 +152,25 @@ fn is_busy(ram: &Ram, selector: u16) -> bool {
     ram.descriptor(selector).rights().0 & BUSY != 0
 }
 
+fn switch(
+    task: &mut Task,
+    ram: &mut Ram,
+    selector: u16,
+    source: Source,
+) -> Result<Beginning, Exception> {
+    leave(task, ram, selector, source)?.enter(task, ram)
+}
+
+#[test]
+fn a_task_comes_back_to_itself() {
+    let (mut ram, mut task) = start();
+    task.rflags |= RFLAGS_NT;
+    let back = switch(&mut task, &mut ram, OLD_TASK, Source::Iret);
+    assert_eq!(back, Ok(Beginning::Plain));
+    assert_eq!((task.rip, task.rflags), (0x7777, 0x202));
+    assert!(!is_busy(&ram, OLD_TASK));
+}
+
 #[test]
 fn call_and_iret() {
     let (mut ram, mut task) = start();

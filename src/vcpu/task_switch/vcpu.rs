@@ -72,17 +72,21 @@ impl Vcpu {
             ..before
         };
         let mut execution = Execution::new(self, None, DataBreakpoints::NONE);
-        let result = super::switch(&mut task, &mut execution, switch.selector, source);
-        let begun = task.tr != before.tr;
-        if begun {
-            self.set_task(&task, registers);
-            self.end_shadow(false);
-            if by_event && event.is_nmi() {
-                self.block_nmis_again();
-            } else if source == Source::Iret {
-                self.unblock_nmis();
+        let left = super::leave(&task, &mut execution, switch.selector, source);
+        let result = match left {
+            Err(exception) => Err(exception),
+            Ok(entering) => {
+                let result = entering.enter(&mut task, &mut execution);
+                self.set_task(&task, registers);
+                self.end_shadow(false);
+                if by_event && event.is_nmi() {
+                    self.block_nmis_again();
+                } else if source == Source::Iret {
+                    self.unblock_nmis();
+                }
+                result
             }
-        }
+        };
         match result {
             Ok(Beginning::Plain) => Ok(()),
             Ok(Beginning::Trap) => {
