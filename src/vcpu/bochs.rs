@@ -70,8 +70,15 @@ impl Vcpu {
 
     /// From here on no host interrupt is taken but in [`Vcpu::admit_interrupts`].
     pub(super) fn hold_interrupts(&self, hold: bool) {
-        if self.holds_interrupts {
-            cpu::set_task_priority(if hold { NONE } else { ALL });
+        if !self.holds_interrupts {
+            return;
+        }
+        if hold {
+            cpu::set_task_priority(NONE);
+            // One that came just before is still pending: Bochs withdraws none.
+            cpu::interrupt_window();
+        } else {
+            cpu::set_task_priority(ALL);
         }
     }
 

@@ -232,7 +232,8 @@ impl Vcpu {
         self.set_threshold(0);
         let interruptibility = self.vmcs.read_basic(guest::INTERRUPTIBILITY);
         let rflags = self.vmcs.read_basic(guest::RFLAGS);
-        if interruptibility & SHADOW != 0 || rflags & RFLAGS_IF == 0 {
+        let trap = self.vmcs.read_basic(guest::PENDING_DEBUG);
+        if interruptibility & SHADOW != 0 || rflags & RFLAGS_IF == 0 || trap != 0 {
             return self.set_window(true, false);
         }
         self.apic.take_into_service(vector);
@@ -246,7 +247,13 @@ impl Vcpu {
         let interrupt = self.has_interrupt();
         let interruptibility = self.vmcs.read(guest::INTERRUPTIBILITY);
         let rflags = self.vmcs.read(guest::RFLAGS);
-        let choice = self.pending.choose(interrupt, interruptibility, rflags);
+        let mut choice = self.pending.choose(interrupt, interruptibility, rflags);
+        if matches!(choice, Choice::Nmi | Choice::Interrupt)
+            && self.vmcs.read(guest::PENDING_DEBUG) != 0
+        {
+            // A debug trap comes first, and an injection would have the CPU forget it (SDM 3, 27.7.3).
+            choice = Choice::Nothing;
+        }
         let nothing = matches!(choice, Choice::Nothing);
         match choice {
             Choice::Again => {

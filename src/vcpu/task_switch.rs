@@ -324,21 +324,17 @@ fn load_segments(
     machine: &mut impl TaskMachine,
     image: &Image,
 ) -> Result<(), Exception> {
-    // Until they are loaded none is usable; CS has to be, and keeps its rights.
+    // Until they are loaded none is usable, and the privilege level is 3, so that a fault finds the
+    // stack of its handler in the TSS; CS has to be usable.
     let old_cs = task.segments[CS];
     for (segment, selector) in task.segments.iter_mut().zip(image.selectors) {
         let mut register = SegmentRegister::null(selector);
-        register.rights.0 |= u32::from(old_cs.rights.dpl()) << 5;
+        register.rights.0 |= 3 << 5;
         *segment = register;
     }
     task.segments[CS] = SegmentRegister {
         selector: image.selectors[CS],
-        rights: if old_cs.rights.is_code() {
-            old_cs.rights
-        } else {
-            // It was a paragraph, which is for virtual-8086 mode alone.
-            CODE_3
-        },
+        rights: CODE_3,
         ..old_cs
     };
     let virtual_8086 = task.rflags & RFLAGS_VM != 0;
@@ -355,15 +351,14 @@ fn load_segments(
     }
     let cpl = (image.selectors[CS] & 3) as u8;
     let code = segmentation::load_code(machine, image.selectors[CS], false, Purpose::TaskSwitch)?;
-    task.segments[CS] = code;
     let mut load = |segment: Segment| {
         let selector = image.selectors[segment as usize];
         let purpose = Purpose::TaskSwitch;
         segmentation::load_data(machine, segment, selector, cpl, false, purpose)
     };
-    // An SS that is not loaded has the new privilege level already.
-    task.segments[SS].rights = Rights(Rights::UNUSABLE.0 | u32::from(cpl) << 5);
-    task.segments[SS] = load(Segment::Ss)?;
+    let stack = load(Segment::Ss)?;
+    task.segments[CS] = code;
+    task.segments[SS] = stack;
     for segment in OTHERS {
         task.segments[segment as usize] = load(segment)?;
     }

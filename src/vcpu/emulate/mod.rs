@@ -29,6 +29,7 @@ mod moves;
 mod multiply;
 mod operand;
 mod returns;
+mod selectors;
 mod shift;
 mod stack;
 mod string;
@@ -319,6 +320,8 @@ impl<M: Machine> Step<'_, '_, M> {
             self.x87(escape)?;
         } else if let Some(state) = fpu::State::of(self.instruction) {
             self.state(state)?;
+        } else if let Some(question) = selectors::Question::of(self.instruction) {
+            self.question(question)?;
         } else if !self.stack()? && !self.far_return()? && !self.system()? {
             self.integer()?;
         }

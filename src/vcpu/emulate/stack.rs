@@ -219,7 +219,8 @@ impl<M: Machine> Step<'_, '_, M> {
         }
         top = top.wrapping_sub(size) & mask;
         // The new top must be writable, though nothing is written there.
-        self.linear(Segment::Ss, top, width.bytes(), true)?;
+        let linear = self.linear(Segment::Ss, top, width.bytes(), true)?;
+        self.machine.check_store(linear, width.bytes() as usize)?;
         self.set(Gpr::low(Gpr::RBP, width), base);
         self.set(stack, top);
         Ok(())

@@ -511,6 +511,48 @@ fn segments_are_loaded_with_their_checks() {
 }
 
 #[test]
+fn selectors_are_asked_about() {
+    let mut ram = with_tables(Bits32);
+    let mut ask = |selector: u16, code: &[u8]| {
+        ram.put(BASE, &selector.to_le_bytes());
+        let run = run(&mut ram, Bits32, code);
+        done(&run, 3);
+        (run.rflags & ZF != 0).then_some(run.general.rcx as u32)
+    };
+    let (lar, lsl) = (&[0x0f, 0x02, 0x08][..], &[0x0f, 0x03, 0x08][..]);
+    let (verr, verw) = (&[0x0f, 0x00, 0x20][..], &[0x0f, 0x00, 0x28][..]);
+    let before = start().rcx as u32;
+    for (selector, rights, limit, readable, writable) in [
+        (8, Some(0x00cf_9200), Some(u32::MAX), true, true),
+        (0x10, Some(0x00cf_9a00), Some(u32::MAX), true, false),
+        (0x1b, Some(0x00cf_7200), Some(u32::MAX), true, true),
+        (0x20, Some(0x8200), Some(0x17), false, false),
+        (0x28, Some(0x8900), Some(0x67), false, false),
+        // Null, RPL 1 for level 0, beyond the limit, and no LDT.
+        (0, None, None, false, false),
+        (9, None, None, false, false),
+        (0x38, None, None, false, false),
+        (0xc, None, None, false, false),
+    ] {
+        assert_eq!(ask(selector, lar), rights, "{selector:#x}");
+        assert_eq!(ask(selector, lsl), limit, "{selector:#x}");
+        assert_eq!(
+            ask(selector, verr),
+            readable.then_some(before),
+            "{selector:#x}"
+        );
+        assert_eq!(
+            ask(selector, verw),
+            writable.then_some(before),
+            "{selector:#x}"
+        );
+    }
+    ram.addressing = Addressing::Virtual8086;
+    let real = run(&mut ram, Bits32, verr).result;
+    assert_eq!(real, fault(Exception::InvalidOpcode));
+}
+
+#[test]
 fn far_jumps_and_tables() {
     let mut ram = with_tables(Bits64);
     // rex64 jmp far [rax]: 64 bits and a selector.

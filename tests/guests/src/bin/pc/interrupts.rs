@@ -25,6 +25,7 @@ fn note_rip(frame: &mut Frame) {
 pub fn check_all() {
     shadows();
     shadows_across_exits();
+    trap_beside_interrupt();
     halt();
     // From here on NMIs have a handler: one that comes late fails its check, and not the guest.
     nmi();
@@ -89,6 +90,34 @@ fn shadows() {
     check_equal("STI and CLI let no interrupt in", exceptions::count(IPI), 0);
     cpu::interrupt_window();
     check_equal("an open window lets it in", exceptions::count(IPI), 1);
+}
+
+/// An instruction is stepped through that makes an interrupt due: its trap comes first, and the
+/// interrupt behind it (SDM 3, table 7-2).
+fn trap_beside_interrupt() {
+    static ORDER: Shared<u64> = Shared::new(0);
+    const TRAP_FLAG: u64 = 1 << 8;
+    exceptions::on(vector::DEBUG, |frame| {
+        frame.rflags &= !TRAP_FLAG;
+        ORDER.set(ORDER.get() * 10 + 1);
+    });
+    exceptions::on(IPI, |_| {
+        ORDER.set(ORDER.get() * 10 + 2);
+        apic::eoi();
+    });
+    execute!(
+        "sti",
+        "pushfq",
+        "or qword ptr [rsp], 0x100",
+        "popfq",
+        "mov [rdi], eax",
+        "nop",
+        "cli",
+        in("rdi") apic::BASE + u64::from(register::ICR),
+        in("eax") entry::TO_SELF | u32::from(IPI),
+    );
+    exceptions::off(vector::DEBUG);
+    check_equal("a trap comes before an interrupt", ORDER.get(), 12);
 }
 
 /// The shadow of STI ends behind the first iteration of a string instruction; what exits may do
