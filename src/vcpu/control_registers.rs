@@ -4,7 +4,7 @@
 use super::Vcpu;
 use super::cpuid;
 use super::events::Exception;
-use super::segmentation::Rights;
+use super::segmentation::{Rights, kind};
 use crate::addr::Gpa;
 use crate::arch::registers::{GeneralRegisters, LightRegisters};
 use crate::vmx::capability::Capabilities;
@@ -44,7 +44,6 @@ const CR4_MCE: u64 = 1 << 6;
 const CR4_PGE: u64 = 1 << 7;
 const CR4_LA57: u64 = 1 << 12;
 const CR4_VMXE: u64 = 1 << 13;
-const BUSY_TSS_16: u32 = 3;
 const CR4_PCIDE: u64 = 1 << 17;
 const CR4_OSXSAVE: u64 = 1 << 18;
 const CR4_SMEP: u64 = 1 << 20;
@@ -221,7 +220,7 @@ impl Vcpu {
         if paging {
             // SDM 3, 11.8.5: nor is there a TSS of 16 bits in that mode.
             let task = Rights(self.vmcs.read(guest::TR_ACCESS_RIGHTS));
-            if self.cr4() & CR4_PAE == 0 || long_code || task.kind() == BUSY_TSS_16 {
+            if self.cr4() & CR4_PAE == 0 || long_code || task.kind() == kind::BUSY_TSS_16 {
                 return Err(Exception::GeneralProtection);
             }
             self.set_long_mode(true, efer);

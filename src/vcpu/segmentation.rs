@@ -34,6 +34,19 @@ impl Addressing {
     }
 }
 
+/// Kinds of system descriptors (SDM 3, table 3-2), as [`Rights::kind`] says them; a TSS or gate without
+/// a number has 32 or 64 bits.
+pub mod kind {
+    pub const TSS_16: u32 = 1;
+    pub const LDT: u32 = 2;
+    pub const BUSY_TSS_16: u32 = 3;
+    pub const CALL_GATE_16: u32 = 4;
+    pub const TASK_GATE: u32 = 5;
+    pub const TSS: u32 = 9;
+    pub const BUSY_TSS: u32 = 11;
+    pub const CALL_GATE: u32 = 12;
+}
+
 /// Access rights in the format of a VMCS (SDM 3, 25.4.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rights(pub u32);
@@ -279,7 +292,7 @@ pub trait DescriptorTables {
 }
 
 /// Where the descriptor of `selector` is; `None` beyond the table's end, or for null.
-pub fn descriptor_address(tables: &impl DescriptorTables, selector: u16) -> Option<u64> {
+fn descriptor_address(tables: &impl DescriptorTables, selector: u16) -> Option<u64> {
     const LOCAL: u16 = 1 << 2;
     if is_null(selector) {
         return None;
@@ -318,19 +331,32 @@ impl Purpose {
     }
 }
 
-/// The descriptor of `selector`, which is not null, and where it is.
+/// The descriptor of `selector` and where it is; `None` beyond the table's end, or for null.
 ///
 /// # Errors
-/// `fault` of the selector beyond the end of the table.
+/// Where it cannot be read.
+pub fn find_descriptor(
+    tables: &mut impl DescriptorTables,
+    selector: u16,
+) -> Result<Option<(u64, Descriptor)>, Exception> {
+    let Some(address) = descriptor_address(tables, selector) else {
+        return Ok(None);
+    };
+    let mut bytes = [0; 8];
+    tables.load_system(address, &mut bytes)?;
+    Ok(Some((address, Descriptor(u64::from_le_bytes(bytes)))))
+}
+
+/// The same of one that is to be there.
+///
+/// # Errors
+/// `fault` of the selector where it is not.
 pub fn descriptor(
     tables: &mut impl DescriptorTables,
     selector: u16,
     fault: SegmentFault,
 ) -> Result<(u64, Descriptor), Exception> {
-    let address = descriptor_address(tables, selector).ok_or(fault.of(selector))?;
-    let mut bytes = [0; 8];
-    tables.load_system(address, &mut bytes)?;
-    Ok((address, Descriptor(u64::from_le_bytes(bytes))))
+    find_descriptor(tables, selector)?.ok_or(fault.of(selector))
 }
 
 /// The register of a code or data segment whose descriptor was accepted; marks it as

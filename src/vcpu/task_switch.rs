@@ -76,7 +76,6 @@ const BUSY: u32 = 1 << 1;
 const BUSY_IN_DESCRIPTOR: u64 = 1 << 41;
 /// Set in the type of a TSS of 32 bits.
 const WIDE: u32 = 1 << 3;
-const LDT: u32 = 2;
 
 /// A code segment of level 3.
 const CODE_3: Rights = Rights(0xfb);
@@ -379,7 +378,7 @@ fn load_ldtr(machine: &mut impl TaskMachine, selector: u16) -> Result<SegmentReg
     }
     let (_, descriptor) = segmentation::descriptor(machine, selector, fault)?;
     let rights = descriptor.rights();
-    if rights.kind() != LDT || !rights.is_present() {
+    if rights.kind() != segmentation::kind::LDT || !rights.is_present() {
         return Err(fault.of(selector));
     }
     Ok(descriptor.register(selector))

@@ -1,11 +1,9 @@
 //! LAR, LSL, VERR and VERW: what a selector in memory would give (SDM 2).
 
 use super::alu::ZF;
-use super::operand::Place;
 use super::{Machine, Result, Step};
-use crate::devices::Width;
 use crate::vcpu::fault::Exception;
-use crate::vcpu::segmentation::{self, Descriptor, Rights};
+use crate::vcpu::segmentation::{self, Descriptor, Rights, kind};
 use iced_x86::{Instruction, Mnemonic};
 
 /// What is asked of a descriptor.
@@ -30,15 +28,7 @@ impl Question {
 
     /// Whether it has an answer for a descriptor of this kind.
     fn fits(self, rights: Rights, ia32e: bool) -> bool {
-        const TSS_16: u32 = 1;
-        const LDT: u32 = 2;
-        const BUSY_TSS_16: u32 = 3;
-        const CALL_GATE_16: u32 = 4;
-        const TASK_GATE: u32 = 5;
-        const TSS: u32 = 9;
-        const BUSY_TSS: u32 = 11;
-        const CALL_GATE: u32 = 12;
-
+        use kind::{BUSY_TSS, BUSY_TSS_16, CALL_GATE, CALL_GATE_16, LDT, TASK_GATE, TSS, TSS_16};
         let kind = rights.kind();
         let is_segment = rights.is_code() || rights.is_data();
         match self {
@@ -70,12 +60,7 @@ impl<M: Machine> Step<'_, '_, M> {
             return Err(Exception::InvalidOpcode.into());
         }
         let with_register = matches!(question, Question::Rights | Question::Limit);
-        let operand = u32::from(with_register);
-        let from = if self.is_memory(operand) {
-            Place::Memory(self.memory(Width::Word)?)
-        } else {
-            self.place(operand)?
-        };
+        let from = self.word_place(with_register.into())?;
         let selector = self.read(from)? as u16;
         let descriptor = self.visible(question, selector)?;
         if let Some(descriptor) = descriptor {
@@ -92,12 +77,9 @@ impl<M: Machine> Step<'_, '_, M> {
 
     /// The descriptor of `selector`, where the question may be asked of it.
     fn visible(&mut self, question: Question, selector: u16) -> Result<Option<Descriptor>> {
-        let Some(address) = segmentation::descriptor_address(self.machine, selector) else {
+        let Some((_, descriptor)) = segmentation::find_descriptor(self.machine, selector)? else {
             return Ok(None);
         };
-        let mut bytes = [0; 8];
-        self.machine.load_system(address, &mut bytes)?;
-        let descriptor = Descriptor(u64::from_le_bytes(bytes));
         let rights = descriptor.rights();
         let level = self.machine.cpl().max((selector & 3) as u8);
         let reaches = rights.is_conforming() || level <= rights.dpl();

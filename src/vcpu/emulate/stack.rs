@@ -360,11 +360,11 @@ impl<M: Machine> Step<'_, '_, M> {
     }
 
     /// Where a word of a system register goes: memory, or a register of any width.
-    pub(super) fn word_place(&self) -> Result<Place> {
-        if self.is_memory(0) {
+    pub(super) fn word_place(&self, operand: u32) -> Result<Place> {
+        if self.is_memory(operand) {
             self.memory(Width::Word).map(Place::Memory)
         } else {
-            self.place(0)
+            self.place(operand)
         }
     }
 }

@@ -1,18 +1,15 @@
 //! Segment registers, descriptor-table registers, and jumps to other segments.
 
-use super::operand::{Place, segment};
+use super::operand::segment;
 use super::{EmulateError, Intent, Machine, Mode, Result, Step, SystemSegment, Table};
 use crate::devices::Width;
 use crate::vcpu::fault::{Exception, SegmentFault};
 use crate::vcpu::segmentation::{
-    self, Addressing, Descriptor, Purpose, Rights, Segment, SegmentRegister, TableRegister,
+    self, Addressing, Descriptor, Purpose, Rights, Segment, SegmentRegister, TableRegister, kind,
 };
 use iced_x86::{Mnemonic, OpKind};
 
-/// Type and S of system descriptors (SDM 3, table 3-2); a TSS has 32 or 64 bits here.
-const LDT: u32 = 2;
-const AVAILABLE_TSS_16: u32 = 1;
-const AVAILABLE_TSS: u32 = 9;
+/// Set in the type of a TSS.
 const BUSY: u32 = 2;
 
 impl<M: Machine> Step<'_, '_, M> {
@@ -62,11 +59,7 @@ impl<M: Machine> Step<'_, '_, M> {
             (kind == OpKind::Register && register.is_segment_register()).then_some(register)
         };
         if let Some(register) = register(0, instruction.op0_kind()) {
-            let from = if self.is_memory(1) {
-                Place::Memory(self.memory(Width::Word)?)
-            } else {
-                self.place(1)?
-            };
+            let from = self.word_place(1)?;
             let selector = self.read(from)? as u16;
             self.load_segment(segment(register)?, selector)?;
             return Ok(true);
@@ -75,7 +68,7 @@ impl<M: Machine> Step<'_, '_, M> {
             return Ok(false);
         };
         let selector = self.machine.segment(segment(register)?).selector;
-        let to = self.word_place()?;
+        let to = self.word_place(0)?;
         self.write(to, selector.into())?;
         Ok(true)
     }
@@ -255,7 +248,7 @@ impl<M: Machine> Step<'_, '_, M> {
             return Err(Exception::InvalidOpcode.into());
         }
         self.check_privileged()?;
-        let from = self.word_place()?;
+        let from = self.word_place(0)?;
         let selector = self.read(from)? as u16;
         let fault = SegmentFault::GeneralProtection;
         if segmentation::is_null(selector) && which == SystemSegment::Ldtr {
@@ -269,13 +262,14 @@ impl<M: Machine> Step<'_, '_, M> {
         }
         let (address, descriptor) = segmentation::descriptor(self.machine, selector, fault)?;
         let rights = descriptor.rights();
-        let kind = rights.kind();
         let long = self.machine.addressing() == Addressing::Long;
         let fits = match which {
-            SystemSegment::Ldtr => kind == LDT,
-            SystemSegment::Tr => {
-                kind == AVAILABLE_TSS || kind == AVAILABLE_TSS_16 && !self.machine.is_ia32e()
-            }
+            SystemSegment::Ldtr => rights.kind() == kind::LDT,
+            SystemSegment::Tr => match rights.kind() {
+                kind::TSS => true,
+                kind::TSS_16 => !self.machine.is_ia32e(),
+                _ => false,
+            },
         };
         if !fits {
             return Err(fault.of(selector).into());
@@ -310,18 +304,18 @@ impl<M: Machine> Step<'_, '_, M> {
             return Err(Exception::InvalidOpcode.into());
         }
         let selector = self.machine.system_segment(which).selector;
-        let to = self.word_place()?;
+        let to = self.word_place(0)?;
         self.write(to, selector.into())
     }
 
     fn store_msw(&mut self) -> Result<()> {
-        let to = self.word_place()?;
+        let to = self.word_place(0)?;
         self.write(to, self.machine.cr0())
     }
 
     fn load_msw(&mut self) -> Result<()> {
         self.check_privileged()?;
-        let from = self.word_place()?;
+        let from = self.word_place(0)?;
         let value = self.read(from)? as u16;
         Ok(self.machine.load_msw(value)?)
     }

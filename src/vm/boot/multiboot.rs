@@ -227,8 +227,6 @@ fn write_info(
 
     let flags =
         flag::MEMORY | flag::COMMAND_LINE | flag::MODULES | flag::MEMORY_MAP | flag::LOADER_NAME;
-    let framebuffer = if wants_graphics { 0 } else { flag::FRAMEBUFFER };
-    field(info::FLAGS, flags | framebuffer)?;
     // In KiB, from 0 and from 1 MiB up.
     let below_4g = machine.map.ram_below_4g();
     field(info::MEMORY_LOWER, (LOW_RAM_END.min(below_4g) >> 10) as u32)?;
@@ -243,7 +241,7 @@ fn write_info(
     field(info::MEMORY_MAP, MEMORY_MAP.0 as u32)?;
     field(info::LOADER_NAME, LOADER_NAME_AT.0 as u32)?;
     if wants_graphics {
-        return Ok(());
+        return field(info::FLAGS, flags);
     }
 
     // Cells of 16 bits, which are text (type 2).
@@ -257,7 +255,8 @@ fn write_info(
     field(info::FRAMEBUFFER_PITCH, u32::from(pitch) * 2)?;
     field(info::FRAMEBUFFER_WIDTH, columns.into())?;
     field(info::FRAMEBUFFER_HEIGHT, rows.into())?;
-    field(info::FRAMEBUFFER_CELLS, 16 | 2 << 8)
+    field(info::FRAMEBUFFER_CELLS, 16 | 2 << 8)?;
+    field(info::FLAGS, flags | flag::FRAMEBUFFER)
 }
 
 #[cfg(test)]

@@ -522,31 +522,43 @@ fn steps() {
     );
 }
 
+/// Executes 32-bit code, on the way from 64-bit code and back; RSI is used.
+macro_rules! execute_32 {
+    ([$($code:literal),* $(,)?], $($operands:tt)*) => {
+        execute!(
+            "push 0x18",
+            "lea rsi, [rip + 2f]",
+            "push rsi",
+            "lea rsi, [rip + 4f]",
+            "retfq",
+            ".code32",
+            "2:",
+            $($code,)*
+            "push 0x08",
+            "push esi",
+            "retf",
+            ".code64",
+            "4:",
+            out("rsi") _,
+            $($operands)*
+        )
+    };
+}
+
 /// 32-bit code: EAX to the device, at an offset of a segment.
 fn compatibility() {
     let (mut low, mut high) = (0u32, 0u32);
-    execute!(
-        // To 32-bit code, and back.
-        "push 0x18",
-        "lea rsi, [rip + 2f]",
-        "push rsi",
-        "lea rsi, [rip + 4f]",
-        "retfq",
-        ".code32",
-        "2: mov dword ptr [edi], 0x11223344",
-        "mov al, [edi + 1]",
-        "movzx ecx, al",
-        "add dword ptr [edi], 1",
-        "bswap ecx",
-        "mov [edi + 4], ecx",
-        "mov ecx, [0xff000000]",
-        "mov eax, [edi + 4]",
-        "push 0x08",
-        "push esi",
-        "retf",
-        ".code64",
-        "4:",
-        out("rsi") _,
+    execute_32!(
+        [
+            "mov dword ptr [edi], 0x11223344",
+            "mov al, [edi + 1]",
+            "movzx ecx, al",
+            "add dword ptr [edi], 1",
+            "bswap ecx",
+            "mov [edi + 4], ecx",
+            "mov ecx, [0xff000000]",
+            "mov eax, [edi + 4]",
+        ],
         in("rdi") DEVICE,
         out("rcx") low,
         out("rax") high,
@@ -558,27 +570,9 @@ fn compatibility() {
 /// 32-bit code has 32 bits of a register, whatever 64-bit code has left in the others.
 fn upper_half_of_a_control_register() {
     const PGE: u64 = 1 << 7;
-    let (mut before, mut after) = (0u64, 0u64);
-    execute!(
-        "mov r8, cr4",
-        "mov rax, 0x123400000080",
-        "xor rax, r8",
-        "push 0x18",
-        "lea rsi, [rip + 2f]",
-        "push rsi",
-        "lea rsi, [rip + 4f]",
-        "retfq",
-        ".code32",
-        "2: mov cr4, eax",
-        "push 0x08",
-        "push esi",
-        "retf",
-        ".code64",
-        "4: mov rax, cr4",
-        "mov cr4, r8",
-        out("rsi") _,
-        out("rax") after,
-        out("r8") before,
-    );
+    let before = cpu::cr4();
+    execute_32!(["mov cr4, eax"], in("rax") before ^ PGE | 0x1234 << 32);
+    let after = cpu::cr4();
+    cpu::set_cr4(before);
     check_equal("CR4 written by 32-bit code", after, before ^ PGE);
 }

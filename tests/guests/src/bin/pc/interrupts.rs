@@ -33,12 +33,17 @@ pub fn check_all() {
     interrupt_beside_exception();
 }
 
+/// An interrupt waits, whose handler notes where it came.
+fn request() {
+    exceptions::on(IPI, note_rip);
+    RIP.set(0);
+    apic::send(0, entry::TO_SELF | u32::from(IPI));
+}
+
 /// An interrupt waits while `$first` is executed; it must come where 2 is.
 macro_rules! taken_after {
     ($name:literal, $($code:literal),*) => {{
-        exceptions::on(IPI, note_rip);
-        RIP.set(0);
-        apic::send(0, entry::TO_SELF | u32::from(IPI));
+        request();
         let mut after = 0u64;
         execute!(
             "mov r8, rbx",
@@ -84,8 +89,7 @@ fn shadows() {
 
     held_for_one_iteration();
 
-    exceptions::on(IPI, note_rip);
-    apic::send(0, entry::TO_SELF | u32::from(IPI));
+    request();
     execute!("sti", "cli");
     check_equal("STI and CLI let no interrupt in", exceptions::count(IPI), 0);
     cpu::interrupt_window();
@@ -128,9 +132,7 @@ fn held_for_one_iteration() {
     const SCRATCH: u64 = 0x3ff;
     macro_rules! interrupted {
         ($name:literal, $code:literal) => {
-            exceptions::on(IPI, note_rip);
-            RIP.set(0);
-            apic::send(0, entry::TO_SELF | u32::from(IPI));
+            request();
             let mut at = 0u64;
             execute!(
                 "lea {at}, [rip + 2f]",
@@ -180,8 +182,7 @@ fn shadows_across_exits() {
 }
 
 fn halt() {
-    exceptions::on(IPI, note_rip);
-    apic::send(0, entry::TO_SELF | u32::from(IPI));
+    request();
     cpu::halt();
     check_equal(
         "HLT wakes by an interrupt that waited",
@@ -269,8 +270,7 @@ fn delivery_to_new_pages() {
     exceptions::set_interrupt_stack(vector::GENERAL_PROTECTION, 0);
 
     stack_of(IPI, 3);
-    exceptions::on(IPI, note_rip);
-    apic::send(0, entry::TO_SELF | u32::from(IPI));
+    request();
     cpu::interrupt_window();
     check_equal("an interrupt is delivered to a new page", done(IPI), 1);
 
